@@ -1,0 +1,223 @@
+"""``scan``, ``step``, ``unroll``, ``attention_matrix`` and ``plan``: check what was given, choose a form, run it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..language.errors import FormError, SignalError
+from ..language.program import Program
+from ..language.roles import ROLES
+from ..language.rule import FORMS, Rule
+from ..language.trace import Trace
+from . import lowered
+from .chunk import chunked
+from .inputs import Inputs, check, one_of, whole_number
+from .parallel import parallel
+from .recurrent import recurrent
+
+BACKENDS = ("torch",)
+
+
+class Output(NamedTuple):
+    """``y`` (B, T, H, V) and the final state: W (B, H, V, K), or a tuple of all states if the rule has several."""
+
+    y: Tensor
+    state: Any
+
+
+class Plan(NamedTuple):
+    """How a call will run: the form, the backend, tokens a chunk (None outside the chunk form), the cost and the reasons.
+
+    ``flops`` counts multiplications and additions of the forward pass, roughly.
+    """
+
+    form: str
+    backend: str
+    chunk_size: int | None
+    flops: float
+    why: str
+
+    def __str__(self) -> str:
+        chunk = f", {self.chunk_size} tokens a chunk" if self.chunk_size else ""
+        return f"form {self.form}{chunk}, backend {self.backend}, about {self.flops:.1e} flops: {self.why}"
+
+
+def scan(
+    rule: Rule,
+    *,
+    state: Any = None,
+    reset: Tensor | None = None,
+    form: str = "auto",
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    **signals: Tensor,
+) -> Output:
+    """Run a rule over a sequence: W_t = rule(W_{t-1}, signals_t), y_t = W_t q_t (or what the rule returns).
+
+    Args:
+        rule: what is written, such as ``fw.rules.gated_delta``.
+        state: W before the first token, (B, H, V, K); zero if not given. A tuple for a rule with several states.
+        reset: bool (B, T): W returns to zero before these tokens (packed documents).
+        form: ``recurrent``, ``parallel``, ``chunk`` or ``auto``. All give the same numbers, up to rounding.
+        backend: ``torch`` or ``auto``.
+        chunk_size: tokens a chunk, in the chunk form.
+        signals: by name, (B, T, H, ...); a signal may have fewer heads if their number divides H.
+
+    Returns:
+        ``(y, state)``: y (B, T, H, V) in the dtype of the values, the state in float32 (float64 for float64 signals).
+
+    Raises:
+        SignalError: a signal, the state or an option does not fit.
+        FormError: the rule does not admit the form; the message names its line.
+
+    >>> import torch, fastweights as fw
+    >>> k = torch.eye(2).reshape(1, 2, 1, 2)  # two tokens, one head, two orthogonal keys
+    >>> v, beta = torch.tensor([3.0, 5.0]).reshape(1, 2, 1, 1), torch.ones(1, 2, 1)
+    >>> y, W = fw.scan(fw.rules.delta, q=k, k=k, v=v, beta=beta)
+    >>> y.flatten().tolist(), W.squeeze().tolist()
+    ([3.0, 5.0], [3.0, 5.0])
+    """
+    given = check(rule, signals, state, reset)
+    return _run(given, _plan(given, form, backend, chunk_size))
+
+
+def _run(given: Inputs, chosen: Plan) -> Output:
+    if chosen.form == "recurrent":
+        y, states = recurrent(given)
+    else:
+        program = given.rule.trace_for(given.token_shapes()).program
+        assert program is not None
+        if chosen.form == "parallel":
+            y, states = lowered.run(program, given, parallel, given.T * program.n)
+        else:
+            size = program.n * (chosen.chunk_size or 1)
+            y, states = lowered.run(program, given, lambda micro, weights: chunked(micro, weights, size), size)
+    return Output(y.to(given.out), states if len(states) > 1 else states[0])
+
+
+def plan(
+    rule: Rule,
+    *,
+    state: Any = None,
+    reset: Tensor | None = None,
+    form: str = "auto",
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    **signals: Tensor,
+) -> Plan:
+    """Which form, backend and chunk size the same call of ``scan`` runs, and why.
+
+    >>> import torch, fastweights as fw
+    >>> k = torch.zeros(1, 1000, 2, 8)
+    >>> fw.plan(fw.rules.hebb, q=k, k=k, v=k).form
+    'chunk'
+    """
+    return _plan(check(rule, signals, state, reset), form, backend, chunk_size)
+
+
+def _plan(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Plan:
+    rule = given.rule
+    one_of(rule, "form", form, (*FORMS, "auto"))
+    one_of(rule, "backend", backend, (*BACKENDS, "auto"))
+    if chunk_size is not None:
+        whole_number(rule, "chunk_size", chunk_size)
+        if form not in ("chunk", "auto"):
+            raise SignalError(f"{rule.name}: chunk_size belongs to the chunk form, but form is {form!r}; leave one of them out")
+    known = rule.trace_for(given.token_shapes())
+    if known.program is None:
+        if form in ("parallel", "chunk"):
+            raise FormError(f"form {form!r} is refused: {rule.explain(known)}\n  It runs in form 'recurrent'.")
+        return Plan("recurrent", "torch", None, _flops(given, known, 1), rule.explain(known))
+    kind = known.program.kind
+    if form == "auto":
+        form, why = "chunk", f"the rule is affine in W ({kind}): linear in T, and all tokens of a chunk at once"
+    else:
+        why = f"asked for; the rule is affine in W ({kind})"
+    if form == "recurrent":
+        return Plan(form, "torch", None, _flops(given, known, 1), why)
+    size = given.T if form == "parallel" else min(chunk_size or _chunk_size(given, known.program), max(given.T, 1))
+    if lowered.widens(known.program, given.dtype, size * known.program.n):
+        why += f"; a block of more than {lowered.SAFE_ERASE} micro-steps that erase is computed in float64, to keep float32 accuracy"
+    return Plan(form, "torch", None if form == "parallel" else size, _flops(given, known, size), why)
+
+
+def _chunk_size(given: Inputs, program: Program) -> int:
+    """About as many tokens as a key has channels, where the work within chunks and between them balances; fewer to erase."""
+    size = max(min(2 ** round(math.log2(max(given.K, given.V))), 64), 16)
+    if program.erase != "none" and given.dtype == torch.float32:
+        size = lowered.SAFE_ERASE
+    return max(size // program.n, 1)
+
+
+def _flops(given: Inputs, known: Trace, size: int) -> float:
+    n = known.program.n if known.program else 1
+    tokens = given.B * given.H * given.T
+    return 2.0 * tokens * n * (3 * given.K * given.V + (n * size - 1) * (given.K + given.V))
+
+
+def step(rule: Rule, W: Any = None, /, *, form: str = "auto", backend: str = "auto", **signals: Tensor) -> Output:
+    """One token: like ``scan``, with signals (B, H, ...) that have no T axis.
+
+    >>> import torch, fastweights as fw
+    >>> k, v = torch.ones(1, 1, 1), torch.full((1, 1, 2), 3.0)
+    >>> y, W = fw.step(fw.rules.hebb, None, q=k, k=k, v=v)
+    >>> y.tolist(), W.shape
+    ([[[3.0, 3.0]]], torch.Size([1, 1, 2, 1]))
+    """
+    given = check(rule, signals, W, time=False)
+    y, state = _run(given, _plan(given, form, backend, None))
+    return Output(y.squeeze(1), state)
+
+
+def unroll(rule: Rule, *, state: Any = None, reset: Tensor | None = None, **signals: Tensor) -> Tensor:
+    """Every W_t, (B, T, H, V, K), for looking at. The query may be left out if the rule does not take one itself.
+
+    >>> import torch, fastweights as fw
+    >>> k = torch.ones(1, 3, 1, 1)
+    >>> fw.unroll(fw.rules.hebb, k=k, v=k).flatten().tolist()
+    [1.0, 2.0, 3.0]
+    """
+    given = check(rule, signals, state, reset, optional=() if isinstance(rule, Rule) and rule.reads_itself else ("q",))
+    every: list[Tensor] = []
+    recurrent(given, lambda states: every.append(states[0]))
+    return torch.stack(every, 1) if every else given.states[0].new_zeros(given.B, 0, *given.states[0].shape[1:])
+
+
+def attention_matrix(rule: Rule, *, reset: Tensor | None = None, **signals: Tensor) -> Tensor:
+    """The matrix A (B, H, T, T) with y = A v from an empty state: what a transformer would call attention.
+
+    It exists where what is read is a sum of values with numbers as weights: for rules that are affine in W, act on columns
+    and write ``v`` as it is. Pass every signal but ``v``. The cost is cubic in T: it is for looking at.
+
+    >>> import torch, fastweights as fw
+    >>> k = torch.ones(1, 3, 1, 1)
+    >>> fw.attention_matrix(fw.rules.hebb, q=k, k=k)[0, 0].tolist()
+    [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    if isinstance(rule, Rule):
+        if "v" in signals:
+            raise SignalError(f"{rule.name}: attention_matrix takes every signal but 'v', which it is the factor of")
+        _refuse_if_no_matrix(rule)
+    first = next((x for x in signals.values() if isinstance(x, Tensor) and x.ndim >= 3), None)
+    if first is None or not isinstance(rule, Rule):
+        check(rule, signals)
+        raise AssertionError
+    B, T = first.shape[:2]
+    H = max(x.shape[2] for x in signals.values() if x.ndim >= 3)
+    values = torch.eye(T, dtype=first.dtype, device=first.device)[None, :, None, :].expand(B, T, H, T)
+    y = scan(rule, v=values, reset=reset, form="parallel", **signals).y
+    return y.permute(0, 2, 1, 3)
+
+
+def _refuse_if_no_matrix(rule: Rule) -> None:
+    program = rule.program
+    by_value = [n for n, s in rule.signals.items() if s.role.name in ("Value", "ValueVector", "ValueGate") and (n != "v" or s.sets)]
+    if "v" not in rule.signals or rule.signals["v"].role is not ROLES["Value"]:
+        raise FormError(f"rule {rule.name!r} has no value v, so y = A v has no meaning; use fw.unroll to look at W")
+    if program.transposed or by_value:
+        why = "it acts on the rows of W" if program.transposed else f"{', '.join(by_value)} tells value channels or values apart"
+        raise FormError(f"rule {rule.name!r} has no attention matrix, because {why}; use fw.unroll to look at W")

@@ -1,0 +1,1 @@
+"""What a rule is: roles, the ``@rule`` decorator, tracing, and the normal form."""

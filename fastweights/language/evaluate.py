@@ -1,0 +1,115 @@
+"""Evaluate expressions for all tokens and heads at once.
+
+A value has leading axes (batch, time, heads) followed by the shape for one token. Leading axes broadcast, so a signal
+with fewer heads is never repeated. Pointwise functions broadcast as they are; any other function runs under ``vmap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .expr import Expr
+
+_POINTWISE = frozenset(
+    ["add", "sub", "mul", "div", "neg", "pow", "abs", "mod", "exp", "exp2", "expm1", "log", "log2", "log1p", "sigmoid", "logsigmoid", "log_sigmoid", "tanh", "relu", "silu", "gelu", "elu", "softplus", "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "where", "lt", "le", "gt", "ge", "erf", "sign", "floor", "zeros_like", "ones_like"]
+)
+
+
+def evaluate(wanted: Iterable[Expr], values: dict[Expr, Tensor], lead: int) -> dict[Expr, Tensor]:
+    """The values of ``wanted``, given those of the leaves in ``values``; both are in the returned dictionary.
+
+    ``lead`` is the number of leading axes. A constant has none of them.
+    """
+    done = dict(values)
+    for node in _in_order(wanted, done):
+        args, kwargs = pytree.tree_map(lambda a: _value(a, done), (node.args, node.kwargs))
+        done[node] = _apply(node, args, kwargs, lead)
+    return done
+
+
+def _value(arg: Any, done: dict[Expr, Tensor]) -> Any:
+    if isinstance(arg, Expr):
+        return done[arg]
+    if isinstance(arg, Tensor) and done:
+        like = next(iter(done.values()))
+        return arg.to(like.device, like.dtype if arg.is_floating_point() else None)
+    return arg
+
+
+def _in_order(wanted: Iterable[Expr], done: dict[Expr, Tensor]) -> list[Expr]:
+    needed: set[Expr] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in needed and node not in done:
+            needed.add(node)
+            stack.extend(node.parents)
+    return sorted(needed, key=lambda node: node.index)
+
+
+def _apply(node: Expr, args: Any, kwargs: Any, lead: int) -> Any:
+    if node.op == "constant":
+        return args[0]
+    if node.op in _POINTWISE:
+        return node.fn(*_aligned(node, args, lead), **kwargs)
+    if node.op == "matmul":
+        return _matmul(node, *args)
+    if node.op == "getitem" and not any(isinstance(i, (Tensor, list)) for i in pytree.tree_leaves(args[1])):
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return args[0][(slice(None),) * lead + index] if _has_lead(args[0], node.args[0], lead) else args[0][index]
+    if node.op == "item":
+        return node.fn(args[0])
+    return _mapped(node, args, kwargs, lead)
+
+
+def _aligned(node: Expr, args: Any, lead: int) -> list[Any]:
+    """Insert axes behind the leading ones so that operands broadcast as they do for one token."""
+    rank = node.meta.ndim
+    out = []
+    for given, value in zip(node.args, args, strict=True):
+        if isinstance(given, Expr) and _has_lead(value, given, lead):
+            for _ in range(rank - given.meta.ndim):
+                value = value.unsqueeze(lead)
+        out.append(value)
+    return out
+
+
+def _matmul(node: Expr, a: Tensor, b: Tensor) -> Tensor:
+    left, right = (x.meta.ndim if isinstance(x, Expr) else x.ndim for x in node.args)
+    if left == right == 1:
+        return (a * b).sum(-1)
+    if right == 1:
+        return (a @ b.unsqueeze(-1)).squeeze(-1)
+    if left == 1:
+        return (a.unsqueeze(-2) @ b).squeeze(-2)
+    return a @ b
+
+
+def _mapped(node: Expr, args: Any, kwargs: Any, lead: int) -> Any:
+    given = pytree.tree_leaves((node.args, node.kwargs))
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    mapped = [i for i, g in enumerate(given) if isinstance(g, Expr) and _has_lead(flat[i], g, lead)]
+    if not mapped:
+        return node.fn(*args, **kwargs)
+    shape = torch.broadcast_shapes(*(flat[i].shape[:lead] for i in mapped))
+    tensors = [flat[i].expand(*shape, *flat[i].shape[lead:]) for i in mapped]
+
+    def one(*values: Tensor) -> Any:
+        filled = list(flat)
+        for i, value in zip(mapped, values, strict=True):
+            filled[i] = value
+        a, k = pytree.tree_unflatten(filled, spec)
+        return node.fn(*a, **k)
+
+    for _ in range(lead):
+        one = torch.vmap(one)
+    return one(*tensors)
+
+
+def _has_lead(value: Any, expr: Expr, lead: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim == lead + expr.meta.ndim

@@ -1,0 +1,224 @@
+"""Expressions: what a rule's body computes, recorded by running the body on symbols instead of tensors.
+
+An ``Expr`` is a node of a graph that lives on a ``Tape``. It behaves as a tensor of one token and one head: torch
+functions, operators and indexing record new nodes, and shapes come from torch itself on the meta device.
+"""
+
+from __future__ import annotations
+
+import linecache
+import operator
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import RuleError
+
+_SAME = {
+    "multiply": "mul", "truediv": "div", "true_divide": "div", "divide": "div", "subtract": "sub", "negative": "neg",
+    "mv": "matmul", "mm": "matmul", "dot": "matmul", "vdot": "matmul", "ger": "outer", "absolute": "abs",
+    "adjoint": "mT", "__getitem__": "getitem", "t": "mT",
+}  # fmt: skip
+_HERE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def is_outside(file: str) -> bool:
+    """Whether a file is neither of this package's language nor of torch: then it holds rules, or calls them."""
+    return not file.startswith((_HERE, _TORCH))
+
+
+class DataDependent(Exception):
+    """The body asked for the value of a symbol: its control flow depends on data."""
+
+    def __init__(self, what: str, where: Where) -> None:
+        super().__init__(what)
+        self.what, self.where = what, where
+
+
+class Where:
+    """A line of a rule: file, number, text."""
+
+    def __init__(self, file: str, line: int) -> None:
+        self.file, self.line = file, line
+
+    @classmethod
+    def caller(cls) -> Where:
+        """The innermost line outside this package's language and outside torch."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and not is_outside(frame.f_code.co_filename):
+            frame = frame.f_back
+        return cls(frame.f_code.co_filename, frame.f_lineno)
+
+    def __str__(self) -> str:
+        text = linecache.getline(self.file, self.line).strip()
+        return f"{Path(self.file).name}:{self.line}" + (f": {text}" if text else "")
+
+
+class Tape:
+    """Records nodes in the order they are computed; equal nodes are one node."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Expr] = []
+        self._known: dict[Any, Expr] = {}
+        self._numbers: dict[float, Tensor] = {}
+        self.blame: Where | None = None  # the line that new nodes belong to, where it is not the caller's
+
+    def leaf(self, name: str, shape: tuple[int, ...], op: str = "signal") -> Expr:
+        return self._node(op, None, (name,), {}, torch.empty(shape, device="meta"))
+
+    def constant(self, value: float | Tensor) -> Expr:
+        """A number or a tensor that no signal changes; equal numbers are one node."""
+        if isinstance(value, (int, float)):
+            value = self._numbers.setdefault(float(value), torch.tensor(float(value), dtype=torch.float64))
+        return self._node("constant", None, (value,), {}, value.to("meta"))
+
+    def record(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        name = getattr(fn, "__name__", str(fn))
+        name = _SAME.get(name.removesuffix("_backward"), name)
+        if name.endswith("_") and not name.endswith("__"):
+            raise in_place(name)
+        if name == "mT" and args[0].op == "mT":
+            return args[0].args[0]
+        meta_args, meta_kwargs = pytree.tree_map(_to_meta, (args, kwargs))
+        meta = fn(*meta_args, **meta_kwargs)
+        if name in ("zeros_like", "ones_like"):
+            return torch.full(meta.shape, float(name == "ones_like"))
+        if isinstance(meta, Tensor):
+            return self._node(name, fn, args, kwargs, meta)
+        if isinstance(meta, (tuple, list)) and meta and all(isinstance(m, Tensor) for m in meta):
+            whole = self._node(name, fn, args, kwargs, meta[0])
+            return tuple(self._node("item", operator.itemgetter(i), (whole, i), {}, m) for i, m in enumerate(meta))
+        return meta
+
+    def _node(self, op: str, fn: Any, args: tuple, kwargs: dict, meta: Tensor) -> Expr:
+        key = (op, _key(args), _key(kwargs))
+        if key not in self._known:
+            node = Expr(self, len(self.nodes), op, fn, args, kwargs, meta, self.blame or Where.caller())
+            self.nodes.append(node)
+            self._known[key] = node
+        return self._known[key]
+
+
+def in_place(what: str) -> RuleError:
+    return RuleError(
+        f"{Where.caller()}\n  a rule is mathematics and changes nothing in place, but {what!r} does: "
+        "write W = W + ..., or torch.where / torch.cat for parts"
+    )
+
+
+def _to_meta(x: Any) -> Any:
+    if isinstance(x, Expr):
+        return x.meta
+    return x.to("meta") if isinstance(x, Tensor) else x
+
+
+def _key(x: Any) -> Any:
+    if isinstance(x, Expr):
+        return ("expr", x.index)
+    if isinstance(x, Tensor):
+        return ("tensor", id(x))
+    if isinstance(x, slice):
+        return ("slice", _key(x.start), _key(x.stop), _key(x.step))
+    if isinstance(x, (tuple, list)):
+        return (type(x).__name__, *map(_key, x))
+    if isinstance(x, dict):
+        return ("dict", *((k, _key(v)) for k, v in sorted(x.items())))
+    return (type(x).__name__, x if getattr(x, "__hash__", None) else id(x))
+
+
+class Expr:
+    """A tensor of one token and one head, known only by how it is computed."""
+
+    __slots__ = ("args", "fn", "index", "kwargs", "meta", "op", "tape", "where")
+
+    def __init__(self, tape: Tape, index: int, op: str, fn: Any, args: tuple, kwargs: dict, meta: Tensor, where: Where):
+        self.tape, self.index, self.op, self.fn = tape, index, op, fn
+        self.args, self.kwargs, self.meta, self.where = args, kwargs, meta, where
+
+    @property
+    def parents(self) -> list[Expr]:
+        return [a for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, Expr)]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tape = next(a.tape for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Expr))
+        return tape.record(func, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in ("item", "tolist", "numpy"):
+            raise DataDependent(f".{name}()", Where.caller())
+        attribute = getattr(torch.Tensor, name)  # an AttributeError here is torch's own
+        if callable(attribute):
+            return lambda *args, **kwargs: self.tape.record(attribute, self, *args, **kwargs)
+        if name in ("mT", "T"):
+            return self.tape.record(_transpose, self)
+        return getattr(self.meta, name)
+
+    def __getitem__(self, index: Any) -> Expr:
+        return self.tape.record(operator.getitem, self, index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise in_place("x[...] = ...")
+
+    def __iter__(self) -> Any:
+        return iter([self[i] for i in range(self.meta.shape[0])])
+
+    def __len__(self) -> int:
+        return self.meta.shape[0]
+
+    def __repr__(self) -> str:
+        from .show import text
+
+        return text(self)
+
+    __hash__ = object.__hash__
+
+
+def _transpose(x: Tensor) -> Tensor:
+    return x.mT if x.ndim > 1 else x
+
+
+_transpose.__name__ = "mT"
+
+
+def _install() -> None:
+    """Give ``Expr`` the operators of a tensor, each recorded under its own name."""
+
+    def forward(fn: Any) -> Any:
+        return lambda self, *others: self.tape.record(fn, self, *others)
+
+    def reflected(fn: Any) -> Any:
+        return lambda self, other: self.tape.record(fn, other, self)
+
+    def asks_for_value(what: str) -> Any:
+        def ask(self: Expr) -> Any:
+            raise DataDependent(what, Where.caller())
+
+        return ask
+
+    def refuses(what: str) -> Any:
+        def refuse(self: Expr, other: Any) -> Any:
+            raise in_place(what)
+
+        return refuse
+
+    for name in ("add", "sub", "mul", "truediv", "matmul", "pow", "mod"):
+        fn = getattr(operator, name)
+        setattr(Expr, f"__{name}__", forward(fn))
+        setattr(Expr, f"__r{name}__", reflected(fn))
+        setattr(Expr, f"__i{name}__", refuses(f"{name}="))
+    for name in ("neg", "abs", "lt", "le", "gt", "ge"):
+        setattr(Expr, f"__{name}__", forward(getattr(operator, name)))
+    for name, what in (("bool", "if"), ("float", "float()"), ("int", "int()"), ("index", "an index")):
+        setattr(Expr, f"__{name}__", asks_for_value(what))
+
+
+_install()

@@ -1,0 +1,169 @@
+"""Local objectives: what a rule descends. ``descend`` makes the rule from the objective.
+
+Where W is a symbol the gradient is found symbolically, so that a quadratic objective gives a rule with every form; where
+W is a tensor, torch.func finds it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .expr import Expr
+
+if TYPE_CHECKING:
+    from .rule import Rule
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The local objective of a rule.
+
+    ``loss(W, **signals)`` is a number for one token and one head, its arguments named as the rule's. The rule is one
+    descent step of size ``rate`` (the name of a signal, or a number) from the weights that ``first`` (a rule; usually
+    the decay) leaves; if ``proximal``, it is instead the minimum of 1/2 |W - W'|^2 + rate * loss(W).
+    """
+
+    equation: str
+    loss: Callable[..., Any]
+    rate: str | float = "beta"
+    first: Rule | None = None
+    proximal: bool = False
+
+
+def gradient(loss: Callable[..., Any], W: Any, *args: Any, **kwargs: Any) -> Any:
+    """d loss / d W, for a tensor or for a symbol."""
+    if not isinstance(W, Expr):
+        return torch.func.grad(loss)(W, *args, **kwargs)
+    value = loss(W, *args, **kwargs)
+    grads: dict[Expr, Any] = {value: 1.0}
+    for node in reversed(W.tape.nodes[: value.index + 1]):
+        if node in grads and node is not W and node.parents:
+            W.tape.blame = node.where
+            for parent, g in _pull(node, grads[node]):
+                if isinstance(parent, Expr):
+                    grads[parent] = g if parent not in grads else grads[parent] + g
+    W.tape.blame = None
+    return grads.get(W, torch.zeros(W.meta.shape))
+
+
+def _pull(node: Expr, g: Any) -> list[tuple[Any, Any]]:
+    """The gradients of a node's arguments, given its own (a number stands for a constant vector)."""
+    a = node.args[0]
+    b = node.args[1] if len(node.args) > 1 else None
+    match node.op:
+        case "add":
+            return [(a, _sum_to(a, g)), (b, _sum_to(b, g))]
+        case "sub":
+            return [(a, _sum_to(a, g)), (b, _sum_to(b, -g))]
+        case "neg":
+            return [(a, -g)]
+        case "mul":
+            return [(a, _sum_to(a, g * b)), (b, _sum_to(b, g * a))]
+        case "div":
+            return [(a, _sum_to(a, g / b)), (b, _sum_to(b, -g * a / (b * b)))]
+        case "pow" if not isinstance(b, Expr):
+            return [(a, g * b * (a if b == 2 else a ** (b - 1)))]
+        case "square":
+            return [(a, g * 2 * a)]
+        case "sum" if b is None and not node.kwargs:
+            return [(a, g)]
+        case "mean" if b is None and not node.kwargs:
+            return [(a, g / a.meta.numel())]
+        case "mT":
+            return [(a, _full(g, node).mT)]
+        case "matmul":
+            return _pull_matmul(a, b, _full(g, node))
+        case "abs":
+            return [(a, g * torch.sign(a))]
+        case "exp":
+            return [(a, g * node)]
+        case "log":
+            return [(a, g / a)]
+        case "tanh":
+            return [(a, g * (1 - node * node))]
+        case "sqrt":
+            return [(a, g / (2 * node))]
+    return _opaque(node, g)
+
+
+def _opaque(node: Expr, g: Any) -> list[tuple[Any, Any]]:
+    """A function whose gradient is not known here: torch finds it, and to the lowering it is one opaque function."""
+    parents = node.parents
+
+    def pull(g: Any, *values: Any) -> Any:
+        def f(*xs: Any) -> Any:
+            given = dict(zip((p.index for p in parents), xs, strict=True))
+            args = torch.utils._pytree.tree_map(lambda a: given[a.index] if isinstance(a, Expr) else a, node.args)
+            return node.fn(*args, **node.kwargs)
+
+        return torch.func.vjp(f, *values)[1](torch.as_tensor(g).expand(node.meta.shape))
+
+    pull.__name__ = f"gradient of {node.op}"
+    pulled = node.tape.record(pull, g, *parents)
+    return list(zip(parents, pulled, strict=True))
+
+
+def _pull_matmul(a: Any, b: Any, g: Any) -> list[tuple[Any, Any]]:
+    ranks = tuple(x.meta.ndim if isinstance(x, Expr) else x.ndim for x in (a, b))
+    if ranks == (1, 1):
+        return [(a, g * b), (b, g * a)]
+    if ranks == (2, 1):
+        return [(a, torch.outer(g, b)), (b, a.mT @ g)]
+    if ranks == (1, 2):
+        return [(a, b @ g), (b, torch.outer(a, g))]
+    return [(a, g @ b.mT), (b, a.mT @ g)]
+
+
+def _full(g: Any, node: Expr) -> Any:
+    rank = g.meta.ndim if isinstance(g, Expr) else torch.as_tensor(g).ndim
+    return g * torch.ones(node.meta.shape) if rank < node.meta.ndim else g
+
+
+def _sum_to(x: Any, g: Any) -> Any:
+    """Undo broadcasting: the gradient of a number is the sum of the gradients of its copies."""
+    if not isinstance(x, Expr) or not isinstance(g, Expr) or x.meta.shape == g.meta.shape or g.meta.ndim < x.meta.ndim:
+        return g
+    if x.meta.ndim == 0:
+        return g.sum()
+    axes = [i for i in range(-g.meta.ndim, 0) if -i > x.meta.ndim or x.meta.shape[i] != g.meta.shape[i]]
+    return g.sum(axes, keepdim=True).reshape(x.meta.shape)
+
+
+def descend(objective: Callable[..., Any], *, name: str = "", cite: str = "") -> Rule:
+    """The rule of one gradient step a token with rate ``beta`` on a local objective.
+
+    ``W <- W - beta * dL/dW``. ``objective(W, k, v)`` returns a number for one token and one head; arguments named ``k`` and
+    ``v`` are a key and a value, others carry a role as in a rule. A quadratic objective gives a rule with every form.
+
+    >>> import fastweights as fw
+    >>> half_squared_error = lambda W, k, v: 0.5 * ((v - W @ k) ** 2).sum()
+    >>> fw.descend(half_squared_error) == fw.rules.delta
+    True
+    """
+    from .roles import Key, Rate, Value
+    from .rule import rule_of
+
+    usual = {"k": Key, "v": Value}
+    parameters = list(inspect.signature(objective).parameters.values())
+    hints = {p.name: p.annotation if p.annotation is not p.empty else usual.get(p.name) for p in parameters[1:]}
+    if isinstance(next((h for h in hints.values() if h), None), str):
+        import typing
+
+        hints |= {n: h for n, h in typing.get_type_hints(objective, include_extras=True).items() if n in hints}
+
+    def body(W: Any, beta: Any, **signals: Any) -> Any:
+        return W - beta * gradient(objective, W, **signals)
+
+    names = [p.name for p in parameters]
+    signature = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in [*names, "beta"]]
+    body.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    body.__annotations__ = {n: h for n, h in hints.items() if h is not None} | {"beta": Rate}
+    label = name or getattr(objective, "__name__", "").replace("<lambda>", "") or "objective"
+    body.__doc__ = inspect.getdoc(objective) or f"One descent step on the objective {label}."
+    found = Objective(label, objective)
+    return rule_of(body, name=name or f"descend({label})", objective=found, cite=cite)

@@ -1,0 +1,77 @@
+"""Whether two rules are the same map: their values at fixed points (identity testing).
+
+Two analytic maps that agree at points in general position agree everywhere. The points come from an integer sequence, so
+that they are the same on every machine; they span three orders of magnitude, so that bounds show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .rule import Rule
+
+_SCALES = (0.3, 1.0, 30.0)
+
+
+def _numbers(seed: int) -> Iterator[float]:
+    """Uniform in (-1, 1), by a linear congruence."""
+    while True:
+        seed = (6364136223846793005 * seed + 1442695040888963407) % 2**64
+        yield (seed >> 11) / 2**52 - 1
+
+
+def probe(rule: Rule, dk: int = 4, dv: int = 3) -> list[float | None]:
+    """Weighted sums of what the rule returns at fixed points, None where it accepts no such signals."""
+    values: list[float | None] = []
+    for which in (0, -1):
+        for seed, scale in enumerate(_SCALES):
+            out = _at(rule, which, seed, scale, dk, dv)
+            values += [None] * 2 if out is None else _sums(out, seed)
+    return values
+
+
+def _at(rule: Rule, which: int, seed: int, scale: float, dk: int, dv: int) -> list[Tensor] | None:
+    filled: list[dict[str, Tensor]] = []
+    for part in (rule.states, rule.signals):
+        tensors = {}
+        for name, s in sorted(part.items()) if part is rule.signals else part.items():
+            shape = s.shapes(dk, dv)[which]
+            draw = _numbers(seed * 1_000_003 + sum(ord(c) * 131**i for i, c in enumerate(name if part is rule.signals else s.role.name)))
+            x = torch.tensor([next(draw) for _ in range(math.prod(shape))], dtype=torch.float64).reshape(shape)
+            tensors[name] = _in_range(s.role.name, x, scale)
+        filled.append(tensors)
+    states, signals = filled
+    try:
+        new, y = rule.token(states, {n: signals[n] for n in rule.arguments.signals})
+    except (RuntimeError, IndexError):
+        return None
+    return [torch.as_tensor(x, dtype=torch.float64) for x in (*new, new[0] @ signals["q"] if y is None else y)]
+
+
+def _in_range(role: str, x: Tensor, scale: float) -> Tensor:
+    if role in ("LogDecay", "ValueLogDecay"):
+        return -(x + 1.1) * min(scale, 2.0)
+    return (x + 1) / 2 if role == "Rate" or role.endswith("Gate") else x * scale
+
+
+def _sums(tensors: list[Tensor], seed: int) -> list[float]:
+    """Two weighted sums, so that a difference in one place cannot hide."""
+    flat = [x for t in tensors for x in t.flatten().tolist()]
+    out = []
+    for which in (7, 11):
+        weights = _numbers(which + seed)
+        out.append(math.fsum(x * (next(weights) + 1.5) for x in flat))
+    return out
+
+
+def matches(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Equal up to rounding."""
+    if len(a) != len(b) or any((x is None) != (y is None) for x, y in zip(a, b, strict=True)):
+        return False
+    return all(x is None or math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9) or (x != x and y != y) for x, y in zip(a, b, strict=True))

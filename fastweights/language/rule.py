@@ -1,0 +1,350 @@
+"""``@rule``: a function of one token and one head, as a value that can be combined, compared and run."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from .errors import FormError, RuleError
+from .objective import Objective
+from .probe import matches, probe
+from .program import Program
+from .roles import ROLES, Role, Signal
+from .show import latex, text
+from .trace import Trace, trace
+
+Token = Callable[[dict[str, Any], dict[str, Any]], tuple[tuple[Any, ...], Any]]
+FORMS = ("recurrent", "parallel", "chunk")
+
+
+class Named(NamedTuple):
+    """The states and signals of a rule by name, in order."""
+
+    states: Mapping[str, Signal]
+    signals: Mapping[str, Signal]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How one token changes the fast weights W, and what is read from them.
+
+    A rule is a frozen value. ``r1 >> r2`` runs both on each token in that order (signals of the same name are the same
+    signal); ``r * n`` is n micro-steps a token with n sets of signals, decays acting once, first; ``r.T`` exchanges the
+    roles of keys and values. Two rules are equal when they compute the same map from the same signals.
+
+    >>> from fastweights.rules import delta, oja
+    >>> delta.T == oja, delta * 1 == delta, delta * 2 == delta
+    (True, True, False)
+    >>> delta
+    delta(k: Key, v: Value, beta: Rate): W ← W + β (v − W k) kᵀ
+    """
+
+    name: str
+    token: Token = field(repr=False)
+    arguments: Named = field(repr=False)
+    objective: Objective | None = None
+    cite: str = ""
+    doc: str = ""
+    _traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
+    _facts: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def states(self) -> Mapping[str, Signal]:
+        """What the rule rewrites: W first, then any other states."""
+        return self.arguments.states
+
+    @property
+    def signals(self) -> Mapping[str, Signal]:
+        """What every token brings: the arguments of the body, and the query ``q`` if the body does not read by itself."""
+        if "signals" not in self._facts:
+            signals = dict(self.arguments.signals)
+            if not self.reads_itself:
+                signals = {"q": Signal("q", ROLES["Query"]), **signals}
+            self._facts["signals"] = types.MappingProxyType(signals)
+        return self._facts["signals"]
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether the body returns ``(W, y)``; otherwise y = W q with the new W."""
+        return self._example()[1]
+
+    @property
+    def trace(self) -> Trace:
+        """What tracing found for small generic sizes, decays per head where the rule allows it."""
+        pick = self.shapes[0]
+        return self.trace_for({n: s.shapes(4, 3)[pick] for part in (self.states, self.signals) for n, s in part.items()})
+
+    @property
+    def program(self) -> Program:
+        """The normal form; raises ``FormError``, naming the line, if the rule has none."""
+        if self.trace.program is None:
+            raise FormError(self.explain())
+        return self.trace.program
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms in which the rule can run over time."""
+        return FORMS if self.trace.program is not None else FORMS[:1]
+
+    def explain(self, known: Trace | None = None) -> str:
+        """Why the rule runs only as a recurrence: the reason and the line."""
+        known = known or self.trace
+        return f"rule {self.name!r} has no parallel or chunk form: {known.reason}\n  {known.where}"
+
+    def equation(self) -> str:
+        """The new W (and y, if it is not W q) in plain text.
+
+        >>> from fastweights.rules import gated_delta
+        >>> gated_delta.equation()
+        'W ← exp(g) W + β (v − exp(g) W k) kᵀ'
+        """
+        return self._written(text, " ← ", ", ")
+
+    def latex(self) -> str:
+        """The new W (and y, if it is not W q) in LaTeX."""
+        return self._written(latex, " \\leftarrow ", ",\\quad ")
+
+    def _written(self, how: Callable[[Any], str], arrow: str, comma: str) -> str:
+        known = self.trace
+        if known.states is None:
+            return f"{next(iter(self.states))}{arrow}..."
+        lines = [f"{n}{arrow}{how(s)}" for n, s in zip(self.states, known.states, strict=True)]
+        if known.output is not None:
+            lines.append(f"y = {how(known.output)}")
+        return comma.join(lines)
+
+    def trace_for(self, shapes: dict[str, tuple[int, ...]]) -> Trace:
+        """The trace for given shapes of the states and signals of one token and one head."""
+        key = tuple(sorted(shapes.items()))
+        if key not in self._traces:
+            self._traces[key] = trace(self, shapes)
+        return self._traces[key]
+
+    def expect_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found != expected:
+            raise RuleError(f"rule {self.name!r} returns {name} of shape {found}, but {name} has shape {expected}")
+
+    @property
+    def shapes(self) -> tuple[int, ...]:
+        """Which shapes of its roles the body accepts: 0 for decays per head, -1 for decays per channel."""
+        return self._example()[0]
+
+    def _example(self) -> tuple[tuple[int, ...], bool]:
+        """``shapes``, and whether the body reads by itself: found by running it once."""
+        if "example" not in self._facts:
+            accepted, reads, errors = [], False, []
+            several = any(len(s.role.spaces) > 1 for s in self.arguments.signals.values())
+            for pick in (0, -1) if several else (0,):
+                try:
+                    reads = self.token(*self._constants(pick))[1] is not None
+                    accepted.append(pick)
+                except RuleError:
+                    raise
+                except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+                    errors.append(error)
+            if not accepted:
+                text = f"the body of rule {self.name!r} fails on tensors of the shapes of its roles: {errors[0]}"
+                raise RuleError(text) from errors[0]
+            self._facts["example"] = tuple(accepted), reads
+        return self._facts["example"]
+
+    def _constants(self, pick: int) -> list[dict[str, Tensor]]:
+        return [
+            {n: torch.full(s.shapes(4, 3)[pick], -0.5 if s.role.log_decay else 0.5) for n, s in part.items()} for part in self.arguments
+        ]
+
+    # ---- the algebra -------------------------------------------------------------------------------------------------
+
+    def __rshift__(self, other: Rule) -> Rule:
+        if not isinstance(other, Rule):
+            return NotImplemented
+        for name in self.arguments.signals.keys() & other.arguments.signals.keys():
+            mine, theirs = self.arguments.signals[name], other.arguments.signals[name]
+            if mine != theirs:
+                raise RuleError(f"{self.name} >> {other.name}: {name!r} is a {mine.role} in one and a {theirs.role} in the other")
+        ours, w = dict(self.states), next(iter(self.states))
+        rename = {next(iter(other.states)): w}
+        both = {**ours, **{n: s for n, s in other.states.items() if n not in rename}}
+        both_signals = {**self.arguments.signals, **other.arguments.signals}
+
+        def token(states: dict[str, Any], signals: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+            states = dict(states)
+            new, y = self.token({n: states[n] for n in self.states}, {n: signals[n] for n in self.arguments.signals})
+            states.update(zip(self.states, new, strict=True))
+            theirs = {n: states[rename.get(n, n)] for n in other.states}
+            new, y2 = other.token(theirs, {n: signals[n] for n in other.arguments.signals})
+            states.update(zip((rename.get(n, n) for n in other.states), new, strict=True))
+            return tuple(states[n] for n in both), y if y2 is None else y2
+
+        return Rule(f"{self.name} >> {other.name}", token, _named(both, both_signals), cite=_both(self.cite, other.cite))
+
+    def __mul__(self, n: int) -> Rule:
+        if not isinstance(n, int) or isinstance(n, bool):
+            return NotImplemented
+        if n < 1:
+            raise RuleError(f"{self.name} * {n}: the number of micro-steps must be at least 1")
+        if n == 1:
+            return self
+        mine = self.arguments.signals
+        once = {name for name, s in mine.items() if s.role.log_decay or s.role.name.endswith("Query")}
+        stacked = {name: s if name in once else replace(s, sets=n * (s.sets or 1)) for name, s in mine.items()}
+
+        def part(name: str, x: Any, i: int) -> Any:
+            if name in once:
+                return torch.zeros_like(x) if i and mine[name].role.log_decay else x
+            sets = mine[name].sets
+            return x[i] if sets is None else x[i * sets : (i + 1) * sets]
+
+        def token(states: dict[str, Any], signals: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+            y = None
+            for i in range(n):
+                new, y = self.token(states, {name: part(name, signals[name], i) for name in mine})
+                states = dict(zip(self.states, new, strict=True))
+            return tuple(states.values()), y
+
+        name = f"({self.name}) * {n}" if " " in self.name else f"{self.name} * {n}"
+        return Rule(name, token, _named(self.states, stacked), cite=self.cite)
+
+    __rmul__ = __mul__
+
+    @property
+    def T(self) -> Rule:
+        """The rule with the roles of keys and values exchanged: what it does to W^T."""
+        if self.reads_itself:
+            raise RuleError(f"{self.name}.T: a rule with a read-out of its own has no transpose, for the query would change sides")
+        mine = self.arguments
+        sides = [[n for n, s in mine.signals.items() if s.role.name.endswith(side)] for side in ("Key", "Value")]
+        swap = {a: b for pair in zip(*sides, strict=False) for a, b in (pair, pair[::-1])}
+        signals = {swap.get(n, n): replace(s, name=swap.get(n, n), role=ROLES[s.role.mirror]) for n, s in mine.signals.items()}
+        signals = {n: signals[n] for n in [*mine.signals, *signals] if n in signals}
+        states = {n: replace(s, role=ROLES[s.role.mirror]) for n, s in mine.states.items()}
+
+        def token(given: dict[str, Any], given_signals: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+            turned = {n: x.mT if states[n].role.name == "Matrix" else x for n, x in given.items()}
+            new, _ = self.token(turned, {n: given_signals[swap.get(n, n)] for n in mine.signals})
+            return tuple(x.mT if states[n].role.name == "Matrix" else x for n, x in zip(states, new, strict=True)), None
+
+        name = f"({self.name}).T" if " " in self.name else f"{self.name}.T"
+        return Rule(name, token, _named(states, signals), cite=self.cite)
+
+    # ---- identity ----------------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the mathematics of the rule: its arguments, and its values at fixed points (for JSON)."""
+        if "fingerprint" not in self._facts:
+            described = {n: f"{s.role}" + (f" x {s.sets}" if s.sets else "") for part in self.arguments for n, s in part.items()}
+            first = next(iter(self.states))
+            described["W"] = described.pop(first)
+            self._facts["fingerprint"] = {"arguments": dict(sorted(described.items())), "values": probe(self)}
+        return self._facts["fingerprint"]
+
+    def matches(self, fingerprint: Mapping[str, Any]) -> bool:
+        """Whether a stored fingerprint is that of this rule, up to rounding."""
+        mine = self.fingerprint
+        return mine["arguments"] == fingerprint["arguments"] and matches(mine["values"], fingerprint["values"])
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Rule) and self.matches(other.fingerprint))
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted((n, s.role.name, s.sets) for n, s in self.arguments.signals.items())))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The body itself, on the tensors (or symbols) of one token and one head."""
+        names = [*self.states, *self.arguments.signals]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        states, y = self.token({n: given[n] for n in self.states}, {n: given[n] for n in self.arguments.signals})
+        out = states if y is None else (*states, y)
+        return out[0] if len(out) == 1 else out
+
+    def __repr__(self) -> str:
+        roles = ", ".join(f"{n}: {s.role}" for n, s in self.arguments.signals.items())
+        return f"{self.name}({roles}): {self.equation()}"
+
+
+def _both(a: str, b: str) -> str:
+    return a if a == b or not b else b if not a else f"{a}; {b}"
+
+
+def _named(states: Mapping[str, Signal], signals: Mapping[str, Signal]) -> Named:
+    return Named(types.MappingProxyType(dict(states)), types.MappingProxyType(dict(signals)))
+
+
+def _roles(fn: Callable[..., Any], name: str) -> dict[str, Role]:
+    """The roles of a body's arguments, W's included."""
+    try:
+        hints = typing.get_type_hints(fn, include_extras=True)
+    except NameError as error:
+        raise RuleError(f"rule {name!r}: {error}; import the roles at the top of the file: from fastweights import Key, ...") from error
+    parameters = list(inspect.signature(fn).parameters.values())
+    if not parameters:
+        raise RuleError(f"rule {name!r} has no arguments; the first is W, as in def {name}(W, k: Key, v: Value)")
+    roles = {parameters[0].name: ROLES["Matrix"]}
+    for p in parameters[1:]:
+        role = next((m for m in getattr(hints.get(p.name), "__metadata__", ()) if isinstance(m, Role)), None)
+        if role is None or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty:
+            raise RuleError(
+                f"argument {p.name!r} of rule {name!r} needs a role and no default, as in {p.name}: Key; the roles are {', '.join(ROLES)}"
+            )
+        roles[p.name] = role
+    return roles
+
+
+@overload
+def rule(body: Callable[..., Any], /) -> Rule: ...
+@overload
+def rule(*, name: str = "", objective: Objective | None = None, cite: str = "") -> Callable[[Callable[..., Any]], Rule]: ...
+def rule(body: Callable[..., Any] | None = None, /, *, name: str = "", objective: Objective | None = None, cite: str = "") -> Any:
+    """Make a rule of a function of one token and one head.
+
+    The first argument is the fast weights ``W`` (dv, dk); every other one is annotated with its role. The body returns
+    the new ``W``, or ``(W, y)`` if it reads otherwise than by ``y = W q``. A rule with further states (``Matrix``,
+    ``KeyState``, ...) returns them after ``W``, in the order of its arguments.
+
+    >>> import fastweights as fw
+    >>> from fastweights import Key, LogDecay, Rate, Value, outer
+    >>> @fw.rule
+    ... def forgetful(W, k: Key, v: Value, beta: Rate, g: LogDecay):
+    ...     W = W + outer(beta * (v - W @ k), k)
+    ...     return W * g.exp()
+    >>> forgetful.forms
+    ('recurrent', 'parallel', 'chunk')
+    """
+    if body is None:
+        return lambda fn: rule_of(fn, name=name, objective=objective, cite=cite)
+    return rule_of(body)
+
+
+def rule_of(fn: Callable[..., Any], *, name: str = "", objective: Objective | None = None, cite: str = "") -> Rule:
+    name = name or fn.__name__
+    given = {n: Signal(n, role) for n, role in _roles(fn, name).items()}
+    states = {n: s for n, s in given.items() if s.role.state}
+    signals = {n: s for n, s in given.items() if not s.role.state}
+
+    def token(states_in: dict[str, Any], signals_in: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        w, *others = states_in.values()
+        out = fn(w, **dict(zip(list(states)[1:], others, strict=True)), **signals_in)
+        out = out if isinstance(out, tuple) else (out,)
+        if len(out) not in (len(states), len(states) + 1):
+            expected = ", ".join(states)
+            raise RuleError(f"rule {name!r} returns {len(out)} values; expected {expected} or {expected}, y")
+        return tuple(out[: len(states)]), out[len(states)] if len(out) > len(states) else None
+
+    return Rule(name, token, _named(states, signals), objective, cite, inspect.getdoc(fn) or "")
+
+
+def outer(u: Tensor, w: Tensor) -> Tensor:
+    """The outer product u w^T: row i is u_i w.
+
+    >>> outer(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])).tolist()
+    [[1.0, 0.0], [2.0, 0.0]]
+    """
+    return torch.outer(u, w)

@@ -1,0 +1,181 @@
+"""Expressions as people write them: one printer, two alphabets (plain text and LaTeX)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .expr import Expr
+from .program import Program
+
+_GREEK = {"beta": "β", "gamma": "γ", "eta": "η", "phi": "φ", "alpha": "α", "mu": "μ", "lam": "λ", "theta": "θ", "tau": "τ"}
+_SUM, _PRODUCT, _ATOM = 1, 2, 3
+_HIDDEN = ("expand", "expand_as", "unsqueeze")
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """How the pieces of a formula are written."""
+
+    transpose: str
+    odot: str
+    fraction: str
+    exp: str
+    diag: str
+    function: str
+    latex: bool
+
+    def name(self, name: str) -> str:
+        head, _, tail = name.partition("_")
+        if not self.latex:
+            return _GREEK.get(head, head) + (f"_{tail}" if tail else "")
+        head = f"\\{'lambda' if head == 'lam' else head}" if head in _GREEK else re.sub(r"(\d+)$", r"_{\1}", head)
+        return head + (f"_{{\\mathrm{{{tail}}}}}" if tail else "")
+
+
+_TEXT = Alphabet("ᵀ", " ⊙ ", "{} / {}", "exp({})", "diag({})", "{}({})", latex=False)
+_LATEX = Alphabet("^\\top", " \\odot ", "\\frac{{{}}}{{{}}}", "e^{{{}}}", "\\mathrm{{diag}}({})", "\\operatorname{{{}}}({})", latex=True)
+
+
+def text(node: Any) -> str:
+    """The expression in plain text."""
+    return _Printer(_TEXT).show(node)[0]
+
+
+def latex(node: Any) -> str:
+    """The expression in LaTeX."""
+    return _Printer(_LATEX).show(node)[0]
+
+
+class _Printer:
+    """Each method returns a formula and how tightly it binds."""
+
+    def __init__(self, style: Alphabet) -> None:
+        self.style = style
+
+    def show(self, node: Any) -> tuple[str, int]:
+        if isinstance(node, Tensor):
+            return (f"{node.item():g}" if node.ndim == 0 else "const"), _ATOM
+        if not isinstance(node, Expr):
+            return (f"{node:g}" if isinstance(node, float) else str(node)), _ATOM
+        if node.op in ("signal", "state", "read"):
+            return self.style.name(node.args[0]), _ATOM
+        if node.op == "constant":
+            return self.show(node.args[0])
+        method = getattr(self, f"_{node.op}", None)
+        return method(*node.args) if method else self._call(node)
+
+    def at(self, node: Any, level: int) -> str:
+        shown, binds = self.show(node)
+        return shown if binds >= level else f"({shown})"
+
+    def _call(self, node: Expr) -> tuple[str, int]:
+        if node.op in _HIDDEN and node.args:
+            return self.show(node.args[0])
+        inner = ", ".join(self.show(a)[0] for a in node.args if isinstance(a, (Expr, int, float)))
+        op = node.op.replace("_", "\\_") if self.style.latex else node.op
+        return self.style.function.format(op, inner), _ATOM
+
+    def _add(self, a: Any, b: Any) -> tuple[str, int]:
+        if isinstance(b, Expr) and b.op == "neg":
+            return self._sub(a, b.args[0])
+        return f"{self.at(a, _SUM)} + {self.at(b, _SUM)}", _SUM
+
+    def _sub(self, a: Any, b: Any) -> tuple[str, int]:
+        return f"{self.at(a, _SUM)} {'-' if self.style.latex else '−'} {self.at(b, _PRODUCT)}", _SUM
+
+    def _neg(self, a: Any) -> tuple[str, int]:
+        return f"{'-' if self.style.latex else '−'}{self.at(a, _PRODUCT)}", _SUM
+
+    def _mul(self, a: Any, b: Any) -> tuple[str, int]:
+        """Numbers stand in front; a vector beside a matrix is a diagonal matrix."""
+        if _rank(a) == _rank(b) == 1:
+            return f"{self.at(a, _PRODUCT)}{self.style.odot}{self.at(b, _PRODUCT)}", _PRODUCT
+        if 2 in (_rank(a), _rank(b)):
+            matrix, other = (a, b) if _rank(a) == 2 and not _is_column(a) else (b, a)
+            if _is_column(other):
+                return f"{self.style.diag.format(self.show(other.args[0])[0])} {self.at(matrix, _PRODUCT)}", _PRODUCT
+            if _rank(other) == 1:
+                return f"{self.at(matrix, _PRODUCT)} {self.style.diag.format(self.show(other)[0])}", _PRODUCT
+            a, b = other, matrix
+        if _rank(a) > _rank(b):
+            a, b = b, a
+        return f"{self.at(a, _PRODUCT)} {self.at(b, _PRODUCT)}", _PRODUCT
+
+    def _div(self, a: Any, b: Any) -> tuple[str, int]:
+        if self.style.latex:
+            return self.style.fraction.format(self.show(a)[0], self.show(b)[0]), _ATOM
+        return self.style.fraction.format(self.at(a, _PRODUCT), self.at(b, _ATOM)), _PRODUCT
+
+    def _pow(self, a: Any, b: Any) -> tuple[str, int]:
+        return f"{self.at(a, _ATOM)}^{{{self.show(b)[0]}}}" if self.style.latex else f"{self.at(a, _ATOM)}^{self.at(b, _ATOM)}", _ATOM
+
+    def _exp(self, a: Any) -> tuple[str, int]:
+        return self.style.exp.format(self.show(a)[0]), _ATOM
+
+    def _abs(self, a: Any) -> tuple[str, int]:
+        return f"|{self.show(a)[0]}|", _ATOM
+
+    def _mT(self, a: Any) -> tuple[str, int]:
+        return f"{self.at(a, _ATOM)}{self.style.transpose}", _ATOM
+
+    def _matmul(self, a: Any, b: Any) -> tuple[str, int]:
+        left = self.at(a, _PRODUCT if _rank(a) == 2 else _ATOM)
+        dot = self.style.transpose if _rank(a) == 1 else ""
+        return f"{left}{dot} {self.at(b, _ATOM)}", _PRODUCT
+
+    def _outer(self, a: Any, b: Any) -> tuple[str, int]:
+        return f"{self.at(a, _PRODUCT)} {self.at(b, _ATOM)}{self.style.transpose}", _PRODUCT
+
+    def _getitem(self, a: Any, index: Any) -> tuple[str, int]:
+        if _is_column_index(index):
+            return self.show(a)
+        return f"{self.at(a, _ATOM)}[{_index(index)}]", _ATOM
+
+
+def _rank(x: Any) -> int:
+    return x.meta.ndim if isinstance(x, Expr) else x.ndim if isinstance(x, Tensor) else 0
+
+
+def _is_column(x: Any) -> bool:
+    return isinstance(x, Expr) and x.op == "getitem" and _is_column_index(x.args[1])
+
+
+def _is_column_index(index: Any) -> bool:
+    return isinstance(index, tuple) and None in index
+
+
+def _index(index: Any) -> str:
+    if isinstance(index, tuple):
+        return ", ".join(map(_index, index))
+    if isinstance(index, slice):
+        ends = ["" if e is None else str(e) for e in (index.start, index.stop)]
+        return ":".join(ends)
+    return "..." if index is Ellipsis else str(index)
+
+
+def normal_form(program: Program) -> str:
+    """The micro-steps and reads of a program, a line each."""
+    state = "Wᵀ" if program.transposed else "W"
+    at = _Printer(_TEXT).at
+    lines = [program.kind]
+    for carry in program.carries:
+        decay = "0" if carry.decay is None else at(carry.decay, _PRODUCT)
+        other = "0" if carry.input is None else text(carry.input)
+        lines.append(
+            f"{carry.name} ← " + (f"max({decay} + {carry.name}, {other})" if carry.kind == "max" else f"{decay} {carry.name} + {other}")
+        )
+    for step in program.steps:
+        linear = step.decay.linear
+        inside = "I" if linear is None else f"diag({text(linear)})" if linear.meta.ndim else f"{at(linear, _PRODUCT)} I"
+        inside += "" if step.x is None else f" + {at(step.x, _PRODUCT)} {at(step.y, _ATOM)}ᵀ"
+        write = "" if step.u is None else f" + {at(step.u, _PRODUCT)} {at(step.w, _ATOM)}ᵀ"
+        note = f"   (reads W {step.lag} micro-steps earlier)" if step.lag else ""
+        lines.append(f"{state} ← {state} [{inside}]{write}{note}")
+    for i, read in enumerate(program.reads):
+        when = "new" if read.version == program.n else "old" if read.version == 0 else f"after {read.version}"
+        lines.append(f"read {i} = {state}{'ᵀ' if read.backward else ''} {at(read.q, _ATOM)}   [{when} {state}]")
+    return "\n".join([*lines, f"y = {text(program.output)}"])

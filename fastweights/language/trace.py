@@ -1,0 +1,227 @@
+"""Run a rule's body once on a symbolic W and find its program, or why it has none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import RuleError
+from .expr import DataDependent, Expr, Tape, Where, is_outside
+from .lower import Chain, Lin, Lowering, NotAffine, common, constant, fold, plus, shared_version, times
+from .program import Carry, Program, Read
+
+if TYPE_CHECKING:
+    from .rule import Rule
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What is known of a rule for given sizes.
+
+    ``states`` and ``output`` are what the body returned (None if its control flow depends on data, ``output`` None for
+    the usual read-out). Either ``program`` is there, or ``reason`` says why not and ``where`` at which line.
+    """
+
+    leaves: dict[str, Expr]
+    states: tuple[Expr, ...] | None
+    output: Expr | None
+    program: Program | None
+    reason: str = ""
+    where: Where | None = None
+
+
+def trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
+    """Trace ``rule`` for the shapes of W, its states and its signals for one token and one head."""
+    tape = Tape()
+    leaves = {n: tape.leaf(n, s, "state" if n in rule.states else "signal") for n, s in shapes.items()}
+    names = list(rule.states)
+    try:
+        states, output = rule.token({n: leaves[n] for n in names}, {n: leaves[n] for n in rule.arguments.signals})
+    except DataDependent as stop:
+        return Trace(leaves, None, None, None, f"its control flow depends on the data ({stop.what} of a signal or of a read)", stop.where)
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, RuleError):
+            raise
+        sizes = ", ".join(f"{n} {tuple(s)}" for n, s in shapes.items())
+        raise RuleError(f"rule {rule.name!r} fails for one token and one head with {sizes}\n  {_line_of(error)}\n  {error}") from error
+    for name, new in zip(names, states, strict=True):
+        rule.expect_shape(name, tuple(new.shape), shapes[name])
+    states = tuple(new if isinstance(new, Expr) else constant(leaves[names[0]], new) for new in states)
+    try:
+        return Trace(leaves, states, output, _lower(rule, leaves, states, output, rows=False))
+    except NotAffine as on_columns:
+        if not on_columns.side:
+            return Trace(leaves, states, output, None, on_columns.why, on_columns.where)
+        try:
+            return Trace(leaves, states, output, _lower(rule, leaves, states, output, rows=True))
+        except NotAffine as on_rows:
+            why = f"{on_columns.why} ({on_columns.where}) and also on its columns" if on_rows.side else on_rows.why
+            return Trace(leaves, states, output, None, why, on_rows.where)
+
+
+def _line_of(error: Exception) -> Where | str:
+    """The line of the rule at which an exception arose."""
+    found: Where | str = ""
+    step = error.__traceback__
+    while step is not None:
+        file = step.tb_frame.f_code.co_filename
+        if is_outside(file):
+            found = Where(file, step.tb_lineno)
+        step = step.tb_next
+    return found
+
+
+def _lower(rule: Rule, leaves: dict[str, Expr], states: tuple[Expr, ...], output: Expr | None, rows: bool) -> Program:
+    first, *others = rule.states
+    for name in others:
+        if rule.states[name].role.name == "Matrix":
+            where = states[list(rule.states).index(name)].where
+            raise NotAffine(f"{name} is a second matrix that moves together with {first}", where)
+    weights = leaves[first]
+    lowering = Lowering(weights, rows)
+    carried = dict(zip(others, states[1:], strict=True))
+    carries = _carries(carried, leaves, weights)
+    chain = lowering.chain(states[0])
+    if output is None:
+        output = states[0] @ leaves["q"]
+    reads = _Reads(lowering, chain)
+    y = reads.rewrite(output)
+    return Program(leaves, chain, tuple(reads.reads), tuple(reads.leaves), y, carries, rows)
+
+
+class _Reads:
+    """Finds the reads of W in the output, and puts leaves in their place."""
+
+    def __init__(self, lowering: Lowering, chain: Chain) -> None:
+        self.lowering, self.chain = lowering, chain
+        self.reads: list[Read] = []
+        self.leaves: list[Expr] = []
+        self.below = {lowering.weights}
+        for node in lowering.weights.tape.nodes:
+            if any(p in self.below for p in node.parents):
+                self.below.add(node)
+        self.done: dict[Expr, Expr] = {}
+
+    def rewrite(self, node: Expr) -> Expr:
+        if node not in self.below:
+            return node
+        if node not in self.done:
+            self.done[node] = self._rewrite(node)
+        return self.done[node]
+
+    def _rewrite(self, node: Expr) -> Expr:
+        touched = [p for p in node.parents if p in self.below]
+        if node.op == "matmul" and len(touched) == 1 and touched[0].meta.ndim == 2 and node.meta.ndim == 1:
+            return self._read(self.lowering.value(node), node)
+        if not touched or any(p.meta.ndim == 2 for p in touched):
+            raise NotAffine(f"the output uses W other than by W @ x or W.mT @ x (in {node.op})", node.where)
+        args = [self.rewrite(a) if isinstance(a, Expr) else self._inside(a) for a in node.args]
+        if node.op == "item":
+            whole = node.args[0]
+            parts = whole.tape.record(whole.fn, *[self.rewrite(a) if isinstance(a, Expr) else a for a in whole.args], **whole.kwargs)
+            return parts[node.args[1]]
+        return node.tape.record(node.fn, *args, **node.kwargs)
+
+    def _inside(self, arg: object) -> object:
+        """The parts of a list, as in torch.cat([W @ q, v])."""
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(self.rewrite(a) if isinstance(a, Expr) else a for a in arg)
+        return arg
+
+    def _read(self, lin: Lin, node: Expr) -> Expr:
+        out = lin.const
+        for reading in lin.reads:
+            version = len(reading.chain)
+            if common(reading.chain, self.chain) != version:
+                version = shared_version(reading.chain, self.chain)
+            later = fold(reading.chain, version)
+            if reading.backward:
+                r = self._leaf(Read(reading.q, version, True), node)
+                value = later.decay.of(r)
+                for x, y in later.erase:
+                    value = value + y * (x @ r)
+                for u, w in later.write:
+                    value = value + w * (u @ reading.q)
+            else:
+                q, const = later.read(reading.q)
+                value = plus(self._leaf(Read(q, version), node), const)
+            out = plus(out, value)
+        assert out is not None
+        return out
+
+    def _leaf(self, read: Read, node: Expr) -> Expr:
+        for known, leaf in zip(self.reads, self.leaves, strict=True):
+            if (known.q, known.version, known.backward) == (read.q, read.version, read.backward):
+                return leaf
+        leaf = node.tape.leaf(f"read {len(self.reads)}", tuple(node.meta.shape), "read")
+        self.reads.append(read)
+        self.leaves.append(leaf)
+        return leaf
+
+
+def _carries(states: dict[str, Expr], leaves: dict[str, Expr], weights: Expr) -> tuple[Carry, ...]:
+    """The vector and scalar states as recurrences that the signals drive, in an order in which they can be computed."""
+    carries: dict[str, Carry] = {}
+    waiting = dict(states)
+    while waiting:
+        ready = []
+        for name, new in waiting.items():
+            used = _leaves_of(new)
+            if weights in used:
+                raise NotAffine(f"the state {name} depends on W, which depends on it", new.where)
+            if not any(leaves[other] in used for other in waiting if other != name):
+                ready.append(name)
+        if not ready:
+            raise NotAffine(f"the states {', '.join(waiting)} depend on each other", next(iter(waiting.values())).where)
+        for name in ready:
+            carries[name] = _recurrence(name, waiting.pop(name), leaves[name])
+    return tuple(carries.values())
+
+
+def _leaves_of(node: Expr) -> set[Expr]:
+    seen, stack = set[Expr](), [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            stack.extend(n.parents)
+    return {n for n in seen if not n.parents}
+
+
+def _recurrence(name: str, new: Expr, leaf: Expr) -> Carry:
+    if new.op == "maximum":
+        for own, other in (new.args, new.args[::-1]):
+            parts = _linear(own, leaf)
+            if parts and _is_one(parts[0]) and isinstance(other, Expr) and leaf not in _leaves_of(other):
+                return Carry(name, "max", parts[1], other)
+    parts = _linear(new, leaf)
+    if parts is None:
+        raise NotAffine(f"the state {name} is not s <- a * s + b or s <- max(a + s, b)", new.where)
+    return Carry(name, "linear", *parts)
+
+
+def _is_one(node: Expr | None) -> bool:
+    return node is not None and node.op == "constant" and bool((node.args[0] == 1).all())
+
+
+def _linear(node: Expr, leaf: Expr) -> tuple[Expr | None, Expr | None] | None:
+    """The ``a, b`` with node = a * leaf + b, elementwise; a missing one is zero."""
+    if node is leaf:
+        return constant(leaf, 1.0), None
+    if leaf not in _leaves_of(node):
+        return None, node
+    parts = [_linear(a, leaf) if isinstance(a, Expr) else (None, constant(leaf, a)) for a in node.args]
+    if any(p is None for p in parts):
+        return None
+    match node.op, parts:
+        case "add", [(a, b), (c, d)]:
+            return plus(a, c), plus(b, d)
+        case "sub", [(a, b), (c, d)]:
+            return plus(a, None if c is None else -c), plus(b, None if d is None else -d)
+        case "neg", [(a, b)]:
+            return None if a is None else -a, None if b is None else -b
+        case ("mul", [(a, b), (None, by)]) | ("mul", [(None, by), (a, b)]):
+            return None if a is None else times(a, by), None if b is None else times(b, by)
+        case "div", [(a, b), (None, by)]:
+            return None if a is None else a / by, None if b is None else b / by
+    return None

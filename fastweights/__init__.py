@@ -3,6 +3,7 @@
 from . import rules
 from .engine.check import check
 from .engine.scan import Output, Plan, attention_matrix, plan, scan, step, unroll
+from .layers import FastWeightLayer, Programmer, SoftmaxAttention
 from .language.errors import FastWeightError, FormError, RuleError, SignalError, SignalTypeError
 from .language.objective import Objective, descend
 from .language.roles import (

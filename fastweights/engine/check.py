@@ -15,6 +15,7 @@ from torch import Tensor
 from ..language.objective import Objective
 from ..language.roles import Signal
 from ..language.rule import FORMS, Rule
+from .inputs import require_rule
 from .scan import Output, scan
 
 TOLERANCE = 1e-10
@@ -49,7 +50,7 @@ class Report(NamedTuple):
             verdict = "-" if r.passed is None else "PASS" if r.passed else "FAIL"
             errors = " ".join(f"{'' if e is None else f'{e:.1e}':>8}" for e in (r.error, r.gradient))
             speed = "" if r.tokens_per_second is None else f"{r.tokens_per_second:,.0f}"
-            lines.append(f"{verdict:4} {r.what:11} {r.dtype:8} {r.chunk or '':>5} {errors} {speed:>9}  {r.note}".rstrip())
+            lines.append(f"{verdict:4} {r.what:11} {r.dtype:8} {r.chunk or '':>5} {errors} {speed:>9}".rstrip())
         return "\n".join([*lines, f"{self.rule}: {'PASS' if self.passed else 'FAIL'}"])
 
 
@@ -123,6 +124,7 @@ def check(rule: Rule, *, seed: int = 0, T: int = 33, chunk_sizes: tuple[int, ...
     >>> fw.check(fw.rules.delta).passed
     True
     """
+    require_rule(rule)
     rows = [*_reference_rows(rule, seed, T)]
     reference = rows[-1]
     for form in FORMS[1:]:
@@ -163,9 +165,16 @@ def _reference_rows(rule: Rule, seed: int, T: int) -> list[Row]:
     speed = _speed(rule, "recurrent")
     return [
         Row(
-            "recurrent", "float64", None, split, gradient, speed, split < TOLERANCE and gradient < 1e-5, "split = whole; finite differences"
+            "recurrent",
+            "float64",
+            None,
+            split,
+            gradient,
+            speed,
+            split < TOLERANCE and gradient < 1e-5,
+            "the error is that of a split sequence, the gradient is compared with finite differences",
         ),
-        Row("recurrent", "float32", None, single, None, None, None, "its rounding, for comparison"),
+        Row("recurrent", "float32", None, single, None, None, None, "the rounding of the rule itself, for comparison"),
     ]
 
 
@@ -205,7 +214,7 @@ def _single_row(rule: Rule, seed: int, T: int, form: str, rounding: float) -> Ro
         want = scan(rule, **double, state=start, form="recurrent")
         error = max(error, _error(scan(rule, **signals, state=state, form=form), want))
     allowed = 2 * rounding + torch.finfo(torch.float32).eps
-    return Row(form, "float32", None, error, None, None, error <= allowed, f"allowed {allowed:.1e}: twice the recurrence's")
+    return Row(form, "float32", None, error, None, None, error <= allowed, f"allowed {allowed:.1e}, twice the rounding of the recurrence")
 
 
 def _speed(rule: Rule, form: str) -> float:

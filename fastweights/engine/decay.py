@@ -38,7 +38,8 @@ class Decay:
         return Decay(log, None if self.factor is None else change(self.factor, 1.0))
 
     def accumulated(self, axis: int = -2) -> Tensor:
-        parts = [] if self.log is None else [self.log.cumsum(axis).exp()]
+        # a sum of logs of -40 in float32 would be wrong in its sixth digit after exp
+        parts = [] if self.log is None else [self.log.cumsum(axis, dtype=torch.float64).exp().to(self.log.dtype)]
         parts += [] if self.factor is None else [self.factor.cumprod(axis)]
         return parts[0] if len(parts) == 1 else parts[0] * parts[1]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..language.errors import RuleError, SignalError, SignalTypeError
+from ..language.errors import SignalError, SignalTypeError
 from ..language.roles import Signal
 from ..language.rule import Rule
 
@@ -38,29 +38,34 @@ class Inputs:
     def token_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every state and signal for one token and one head."""
         states = {n: tuple(s.shape[2:]) for n, s in zip(self.rule.states, self.states, strict=True)}
-        return states | {n: tuple(x.shape[3:]) for n, x in self.signals.items()}
+        left_out = {n: s.shapes(self.K, self.V)[0] for n, s in self.rule.signals.items() if n not in self.signals}
+        return states | {n: tuple(x.shape[3:]) for n, x in self.signals.items()} | left_out
 
 
-def is_known(_: Tensor) -> bool:
+def may_look() -> bool:
     """Whether values may be looked at: not while a graph is being compiled."""
     return not torch.compiler.is_compiling()
+
+
+def require_rule(rule: Any) -> None:
+    if not isinstance(rule, Rule):
+        raise SignalTypeError(
+            f"the first argument is a rule, such as fw.rules.delta or a function under @fw.rule; got {type(rule).__name__}"
+        )
 
 
 def check(
     rule: Any, signals: Mapping[str, Any], state: Any = None, reset: Any = None, optional: tuple[str, ...] = (), time: bool = True
 ) -> Inputs:
     """Check everything a call was given; ``optional`` signals may be left out, and without ``time`` there is no T axis."""
-    if not isinstance(rule, Rule):
-        raise SignalTypeError(
-            f"the first argument is a rule, such as fw.rules.delta or a function under @fw.rule; got {type(rule).__name__}"
-        )
+    require_rule(rule)
     _names(rule, signals, optional)
     _tensors(rule, signals)
     given = {n: x if time else x.unsqueeze(1) for n, x in signals.items()}
     expected = {n: rule.signals[n] for n in given}
     _ranks(rule, expected, given, time)
     B, T = _agree(rule, given, time)
-    sizes = _sizes(rule, expected, given, state)
+    sizes = _sizes(rule, expected, given, state, optional)
     H = _heads(rule, given, state)
     for n, x in given.items():
         if not any(tuple(x.shape[3:]) == shape for shape in expected[n].shapes(*sizes)):
@@ -69,7 +74,7 @@ def check(
                 f"{rule.name}: signal {n!r} ({expected[n].role}) has shape {tuple(signals[n].shape)}: for one token and head it is "
                 f"{tuple(x.shape[3:])}, expected {want}, with K = {sizes[0]} and V = {sizes[1]}"
             )
-        if expected[n].role.log_decay and x.numel() and is_known(x) and bool((x > 0).any()):
+        if expected[n].role.log_decay and x.numel() and may_look() and bool((x > 0).any()):
             raise SignalError(
                 f"{rule.name}: signal {n!r} is the log of a decay and must be <= 0, but its largest value is {x.max().item():g}; "
                 "pass decay.log(), or -softplus(...)"
@@ -121,11 +126,13 @@ def _agree(rule: Rule, given: dict[str, Tensor], time: bool) -> tuple[int, int]:
     return lead.shape[0], lead.shape[1]
 
 
-def _sizes(rule: Rule, expected: dict[str, Signal], given: dict[str, Tensor], state: Any) -> tuple[int, int]:
+def _sizes(rule: Rule, expected: dict[str, Signal], given: dict[str, Tensor], state: Any, optional: tuple[str, ...]) -> tuple[int, int]:
     """K and V, from the first signal that must have them, or from the state."""
     found = []
     for space, letter, axis in (("key", "K", 3), ("value", "V", 2)):
         have = [(n, given[n].shape[-1]) for n, s in expected.items() if s.role.spaces == (space,)]
+        if not have and space == "value" and "v" in optional:
+            have = [("T", next(iter(given.values())).shape[1])]  # the values are one-hot in time
         if not have:
             w = state[0] if isinstance(state, (tuple, list)) and state else state
             if not isinstance(w, Tensor) or w.ndim != 4:
@@ -217,6 +224,3 @@ def one_of(rule: Rule, name: str, value: Any, known: tuple[str, ...]) -> str:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise SignalError(f"{rule.name}: unknown {name} {value!r}{hint}; known: {', '.join(known)}")
     return value
-
-
-__all__ = ["Inputs", "RuleError", "check", "is_known", "one_of", "whole_number"]

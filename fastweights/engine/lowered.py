@@ -14,7 +14,7 @@ from ..language.program import Carry, Program
 from . import carry
 from .block import Micro
 from .decay import Decay, only
-from .inputs import Inputs, is_known
+from .inputs import Inputs, may_look
 
 Form = Callable[[Micro, Tensor], tuple[list[Tensor], Tensor]]
 
@@ -186,7 +186,7 @@ def _contained(micro: Micro, weights: Tensor) -> tuple[Micro, Tensor, Tensor | N
         bad = wrong if bad is None else bad | wrong
     assert bad is not None
     start = ~weights.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    if is_known(bad) and not bool(bad.any()) and not bool(start.any()):
+    if may_look() and not bool(bad.any()) and not bool(start.any()):
         return micro, weights, None
     rows = torch.broadcast_shapes(start.shape[:-2], bad.shape[:-2])
     count = torch.cat([start.expand(*rows, 1, 1), bad.expand(*rows, *bad.shape[-2:])], -2).cumsum(-2)

@@ -15,7 +15,7 @@ from ..language.rule import FORMS, Rule
 from ..language.trace import Trace
 from . import lowered
 from .chunk import chunked
-from .inputs import Inputs, check, one_of, whole_number
+from .inputs import Inputs, check, one_of, require_rule, whole_number
 from .parallel import parallel
 from .recurrent import recurrent
 
@@ -133,7 +133,9 @@ def _plan(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Pla
             raise FormError(f"form {form!r} is refused: {rule.explain(known)}\n  It runs in form 'recurrent'.")
         return Plan("recurrent", "torch", None, _flops(given, known, 1), rule.explain(known))
     kind = known.program.kind
-    if form == "auto":
+    if form == "auto" and given.T == 1:
+        form, why = "recurrent", f"one token: nothing to gain from a chunk; the rule is affine in W ({kind})"
+    elif form == "auto":
         form, why = "chunk", f"the rule is affine in W ({kind}): linear in T, and all tokens of a chunk at once"
     else:
         why = f"asked for; the rule is affine in W ({kind})"
@@ -181,7 +183,8 @@ def unroll(rule: Rule, *, state: Any = None, reset: Tensor | None = None, **sign
     >>> fw.unroll(fw.rules.hebb, k=k, v=k).flatten().tolist()
     [1.0, 2.0, 3.0]
     """
-    given = check(rule, signals, state, reset, optional=() if isinstance(rule, Rule) and rule.reads_itself else ("q",))
+    require_rule(rule)
+    given = check(rule, signals, state, reset, optional=() if rule.reads_itself else ("q",))
     every: list[Tensor] = []
     recurrent(given, lambda states: every.append(states[0]))
     return torch.stack(every, 1) if every else given.states[0].new_zeros(given.B, 0, *given.states[0].shape[1:])
@@ -198,17 +201,12 @@ def attention_matrix(rule: Rule, *, reset: Tensor | None = None, **signals: Tens
     >>> fw.attention_matrix(fw.rules.hebb, q=k, k=k)[0, 0].tolist()
     [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
     """
-    if isinstance(rule, Rule):
-        if "v" in signals:
-            raise SignalError(f"{rule.name}: attention_matrix takes every signal but 'v', which it is the factor of")
-        _refuse_if_no_matrix(rule)
-    first = next((x for x in signals.values() if isinstance(x, Tensor) and x.ndim >= 3), None)
-    if first is None or not isinstance(rule, Rule):
-        check(rule, signals)
-        raise AssertionError
-    B, T = first.shape[:2]
-    H = max(x.shape[2] for x in signals.values() if x.ndim >= 3)
-    values = torch.eye(T, dtype=first.dtype, device=first.device)[None, :, None, :].expand(B, T, H, T)
+    require_rule(rule)
+    if "v" in signals:
+        raise SignalError(f"{rule.name}: attention_matrix takes every signal but 'v', which it is the factor of")
+    _refuse_if_no_matrix(rule)
+    given = check(rule, signals, reset=reset, optional=("v",))
+    values = torch.eye(given.T, dtype=given.out, device=given.device)[None, :, None, :].expand(given.B, given.T, given.H, given.T)
     y = scan(rule, v=values, reset=reset, form="parallel", **signals).y
     return y.permute(0, 2, 1, 3)
 

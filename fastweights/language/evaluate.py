@@ -16,7 +16,52 @@ from torch.utils import _pytree as pytree
 from .expr import Expr
 
 _POINTWISE = frozenset(
-    ["add", "sub", "mul", "div", "neg", "pow", "abs", "mod", "exp", "exp2", "expm1", "log", "log2", "log1p", "sigmoid", "logsigmoid", "log_sigmoid", "tanh", "relu", "silu", "gelu", "elu", "softplus", "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "where", "lt", "le", "gt", "ge", "erf", "sign", "floor", "zeros_like", "ones_like"]
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "pow",
+        "abs",
+        "mod",
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log2",
+        "log1p",
+        "sigmoid",
+        "logsigmoid",
+        "log_sigmoid",
+        "tanh",
+        "relu",
+        "silu",
+        "gelu",
+        "elu",
+        "softplus",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "reciprocal",
+        "sin",
+        "cos",
+        "maximum",
+        "minimum",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "where",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "erf",
+        "sign",
+        "floor",
+        "zeros_like",
+        "ones_like",
+    ]
 )
 
 

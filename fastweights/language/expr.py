@@ -86,8 +86,8 @@ class Tape:
             return args[0].args[0]
         meta_args, meta_kwargs = pytree.tree_map(_to_meta, (args, kwargs))
         meta = fn(*meta_args, **meta_kwargs)
-        if name in ("zeros_like", "ones_like"):
-            return torch.full(meta.shape, float(name == "ones_like"))
+        if name in ("zeros_like", "ones_like", "new_zeros", "new_ones"):
+            return torch.full(meta.shape, float("ones" in name))
         if isinstance(meta, Tensor):
             return self._node(name, fn, args, kwargs, meta)
         if isinstance(meta, (tuple, list)) and meta and all(isinstance(m, Tensor) for m in meta):
@@ -155,6 +155,8 @@ class Expr:
             raise AttributeError(name)
         if name in ("item", "tolist", "numpy"):
             raise DataDependent(f".{name}()", Where.caller())
+        if name == "device":
+            return torch.device("cpu")
         attribute = getattr(torch.Tensor, name)  # an AttributeError here is torch's own
         if callable(attribute):
             return lambda *args, **kwargs: self.tape.record(attribute, self, *args, **kwargs)

@@ -367,6 +367,9 @@ class Lowering:
             return None if mat is None else self.read(node, _flipped(mat), a)
         if _is_vector(a) and _is_vector(b):
             raise NotAffine("an inner product with a read of W is a number that mixes rows and columns of W", node.where)
+        left, right = _as_line(a), _as_line(b)
+        if left is not None and right is not None and (left.axis, right.axis) == (1, 0):
+            return Mat(None, ((replace(left, axis=None), replace(right, axis=None)),))
         return self._product(node, self.matrix(a), self.matrix(b))
 
     def _product(self, node: Expr, a: Mat | None, b: Mat | None) -> Mat | None:
@@ -425,7 +428,7 @@ def as_value(near: Expr, x: Any) -> Any:
 
 def _rank(x: Any) -> int:
     if isinstance(x, (Lin, Mat)):
-        return 2 if isinstance(x, Mat) else 1
+        return 1 if isinstance(x, Lin) and x.axis is None else 2
     return x.meta.ndim if isinstance(x, Expr) else x.ndim if isinstance(x, Tensor) else 0
 
 

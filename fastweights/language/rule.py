@@ -17,7 +17,7 @@ from .objective import Objective
 from .probe import matches, probe
 from .program import Program
 from .roles import ROLES, Role, Signal
-from .show import latex, text
+from .show import equations
 from .trace import Trace, trace
 
 Token = Callable[[dict[str, Any], dict[str, Any]], tuple[tuple[Any, ...], Any]]
@@ -105,20 +105,18 @@ class Rule:
         >>> gated_delta.equation()
         'W ← exp(g) W + β (v − exp(g) W k) kᵀ'
         """
-        return self._written(text, " ← ", ", ")
+        return self._written(latex=False)
 
     def latex(self) -> str:
         """The new W (and y, if it is not W q) in LaTeX."""
-        return self._written(latex, " \\leftarrow ", ",\\quad ")
+        return self._written(latex=True)
 
-    def _written(self, how: Callable[[Any], str], arrow: str, comma: str) -> str:
+    def _written(self, latex: bool) -> str:
         known = self.trace
         if known.states is None:
-            return f"{next(iter(self.states))}{arrow}..."
-        lines = [f"{n}{arrow}{how(s)}" for n, s in zip(self.states, known.states, strict=True)]
-        if known.output is not None:
-            lines.append(f"y = {how(known.output)}")
-        return comma.join(lines)
+            return f"{next(iter(self.states))} \\leftarrow \\ldots" if latex else f"{next(iter(self.states))} ← ..."
+        parts = dict(zip(self.states, known.states, strict=True))
+        return equations(parts | ({"y": known.output} if known.output is not None else {}), latex)
 
     def trace_for(self, shapes: dict[str, tuple[int, ...]]) -> Trace:
         """The trace for given shapes of the states and signals of one token and one head."""

@@ -45,9 +45,42 @@ def text(node: Any) -> str:
     return _Printer(_TEXT).show(node)[0]
 
 
-def latex(node: Any) -> str:
-    """The expression in LaTeX."""
-    return _Printer(_LATEX).show(node)[0]
+def equations(parts: dict[str, Expr], latex: bool = False) -> str:
+    """Several expressions by name; long parts that occur twice get a letter of their own, told behind them."""
+    style = _LATEX if latex else _TEXT
+    shared = _shared(list(parts.values()))
+    printer = _Printer(style)
+    names = {node: f"s_{{{i}}}" if latex else f"s{i}" for i, node in enumerate(shared, 1)}
+    printer.names = names
+    arrow, comma = (" \\leftarrow ", ",\\quad ") if latex else (" ← ", ", ")
+    lines = [f"{n}{' = ' if n == 'y' else arrow}{printer.show(e)[0]}" for n, e in parts.items()]
+    out = comma.join(lines)
+    if shared:
+        told = []
+        for node, name in names.items():
+            printer.names = {n: s for n, s in names.items() if n is not node}
+            told.append(f"{name} = {printer.show(node)[0]}")
+        out += (" \\quad\\text{with } " if latex else "; with ") + comma.join(told)
+    return out
+
+
+def _shared(parts: list[Expr]) -> list[Expr]:
+    """Numbers and vectors that are computed once and used several times, in order."""
+    uses: dict[Expr, int] = {}
+    seen: set[Expr] = set()
+    stack = list(parts)
+    for node in parts:
+        uses[node] = uses.get(node, 0) + 1
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for parent in node.parents:
+            uses[parent] = uses.get(parent, 0) + 1
+            stack.append(parent)
+    long = [n for n, count in uses.items() if count > 1 and n.meta.ndim < 2 and n.parents and len(text(n)) > 8]
+    return sorted(long, key=lambda n: n.index)
 
 
 class _Printer:
@@ -55,12 +88,15 @@ class _Printer:
 
     def __init__(self, style: Alphabet) -> None:
         self.style = style
+        self.names: dict[Expr, str] = {}
 
     def show(self, node: Any) -> tuple[str, int]:
         if isinstance(node, Tensor):
             return (f"{node.item():g}" if node.ndim == 0 else "const"), _ATOM
         if not isinstance(node, Expr):
             return (f"{node:g}" if isinstance(node, float) else str(node)), _ATOM
+        if node in self.names:
+            return self.names[node], _ATOM
         if node.op in ("signal", "state", "read"):
             return self.style.name(node.args[0]), _ATOM
         if node.op == "constant":
@@ -76,7 +112,8 @@ class _Printer:
         if node.op in _HIDDEN and node.args:
             return self.show(node.args[0])
         inner = ", ".join(self.show(a)[0] for a in node.args if isinstance(a, (Expr, int, float)))
-        op = node.op.replace("_", "\\_") if self.style.latex else node.op
+        op = node.op.replace("maximum", "max").replace("minimum", "min")
+        op = op.replace("_", "\\_") if self.style.latex else op
         return self.style.function.format(op, inner), _ATOM
 
     def _add(self, a: Any, b: Any) -> tuple[str, int]:
@@ -107,7 +144,7 @@ class _Printer:
 
     def _div(self, a: Any, b: Any) -> tuple[str, int]:
         if self.style.latex:
-            return self.style.fraction.format(self.show(a)[0], self.show(b)[0]), _ATOM
+            return self.style.fraction.format(self.show(a)[0], self.show(b)[0]), _PRODUCT
         return self.style.fraction.format(self.at(a, _PRODUCT), self.at(b, _ATOM)), _PRODUCT
 
     def _pow(self, a: Any, b: Any) -> tuple[str, int]:

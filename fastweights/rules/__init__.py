@@ -43,7 +43,7 @@ def _build(node: ast.expr) -> Rule:
             known = {rule.name: rule for rule in CATALOGUE}
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise RuleError(f"no rule is named {name!r}{hint} Known: {', '.join(known)}; a rule of your own is FILE.py:NAME")
             return known[name]
         case ast.BinOp(left, ast.Mult(), ast.Constant(int(n))):

@@ -1,0 +1,230 @@
+"""Fast weight programmers: rules, checks, training and generation."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any, Union
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from .language.errors import FastWeightError
+from .train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The catalogue of rules, or everything about one.
+
+    Example: fastweights rules gated_delta
+    """
+
+    name: Annotated[str, tyro.conf.Positional] = ""
+    """A rule, which may be composed ("delta * 2", "delta.T"), or FILE.py:NAME."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Do all forms, precisions and gradients of a rule agree? Exit status 1 if not.
+
+    Example: fastweights check gated_delta
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    """A rule of the catalogue, or FILE.py:NAME."""
+    seed: int = 0
+    """Of the random signals."""
+
+
+@dataclass(frozen=True)
+class Train(TrainConfig):
+    """Train a small language model with a rule, on text or on a task.
+
+    Example: fastweights train --rule gated_delta --steps 200
+    """
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Write on from a prompt with a trained model, token by token.
+
+    Example: fastweights generate runs/gated_delta-text --prompt "def "
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The folder of a run, or of a model."""
+    prompt: str = "def "
+    """What to write on from."""
+    tokens: int = 400
+    """How many bytes to write."""
+    temperature: float = 0.8
+    """0 is always the likeliest byte."""
+    top_k: int | None = None
+    """Draw among that many likeliest bytes."""
+    top_p: float | None = None
+    """Draw among the fewest bytes that together have this probability."""
+    seed: int = 0
+    """Of the drawing."""
+    rule: str = ""
+    """FILE.py:NAME of a rule of your own that the model was trained with; several with commas."""
+    memory: str = ""
+    """A file that the stream's memory is read from, if it is there, and written to at the end."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What this installation can do: versions, devices, backends, and what is missing.
+
+    Example: fastweights doctor
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; errors that fastweights raises are printed without a traceback."""
+    options = tyro.cli(_VERBS, prog="fastweights", args=arguments, description=__doc__)
+    try:
+        sys.exit(_RUN[type(options)](options, Console()))
+    except FastWeightError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _say(console: Console, text: str) -> None:
+    """Plain text, wrapped by the terminal only, so that it can be copied whole."""
+    console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def _table(*columns: str) -> Table:
+    """A table whose columns but the last keep to one line."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, no_wrap=i < len(columns) - 1, overflow="fold")
+    return table
+
+
+def _rules(options: Rules, console: Console) -> int:
+    from .language.rule import FORMS
+    from .rules import CATALOGUE
+    from .train.config import find_rule
+
+    if options.name:
+        _one_rule(find_rule(options.name), console)
+        return 0
+    table = _table("rule", "the new W (and y, if it is not W q); what one step descends")
+    for rule in CATALOGUE:
+        forms = "all forms" if len(rule.forms) == len(FORMS) else ", ".join(rule.forms)
+        objective = f"; descends {rule.objective.equation}" if rule.objective else ""
+        about = f"[dim]{rule.program.kind}; {forms}{escape(objective)}[/dim]"
+        table.add_row(f"[bold]{rule.name}[/bold]", f"{escape(rule.equation())}\n{about}")
+    console.print(table)
+    _say(console, "All forms: recurrent, parallel, chunk. Rules combine: r1 >> r2, r * n, r.T. About one: fastweights rules NAME")
+    return 0
+
+
+def _one_rule(rule: Any, console: Console) -> None:
+    console.print(Panel(escape(f"{rule.equation()}\n\n{rule.doc}".strip()), title=escape(rule.name)))
+    table = _table("signal", "role", "shape")
+    for name, s in rule.signals.items():
+        table.add_row(name, str(s.role), s.letters())
+    for name, s in list(rule.states.items())[1:]:
+        table.add_row(name, str(s.role), "carried from token to token")
+    console.print(table)
+    form = str(rule.program) if len(rule.forms) > 1 else rule.explain()
+    facts = {
+        "forms": ", ".join(rule.forms), "normal form": form, "latex": rule.latex(),
+        "objective": rule.objective.equation if rule.objective else "", "source": rule.cite,
+    }  # fmt: skip
+    for what, text in facts.items():
+        if text:
+            console.print(f"[bold]{what}[/bold]")
+            _say(console, "  " + text.replace("\n", "\n  "))
+
+
+def _check(options: Check, console: Console) -> int:
+    from .engine.check import check
+    from .train.config import find_rule
+
+    rule = find_rule(options.name)
+    _say(console, repr(rule))
+    with console.status("running every form ..."):
+        report = check(rule, seed=options.seed)
+    table = _table("form", "dtype", "chunk", "error", "gradient", "tokens/s", "verdict")
+    for row in report.rows:
+        verdict = {None: "", True: "[green]PASS[/green]", False: "[red]FAIL[/red]"}[row.passed]
+        errors = ["" if e is None else f"{e:.1e}" for e in (row.error, row.gradient)]
+        speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+        table.add_row(row.what, row.dtype, str(row.chunk or ""), *errors, speed, verdict)
+    console.print(table)
+    for row in report.rows:
+        if row.note:
+            _say(console, f"{row.what} {row.dtype}: {row.note}".replace(" :", ":"))
+    _say(console, f"{rule.name}: {'PASS' if report.passed else 'FAIL'}")
+    return 0 if report.passed else 1
+
+
+def _train(options: Train, console: Console) -> int:
+    from .train.loop import Interrupted, train
+
+    try:
+        result = train(options, console)
+    except Interrupted as stop:
+        _say(console, str(stop))
+        return 128 + stop.signal_number
+    _say(console, f"done: {result.folder}  (loss curve: {result.folder}/figures/loss.png)")
+    if options.task == "text":
+        _say(console, f"generate from it: fastweights generate {result.folder}" + _own(options))
+    return 0
+
+
+def _own(options: Train) -> str:
+    files = [part.strip() for part in options.rule.split(",") if ".py:" in part]
+    return f" --rule {','.join(files)}" if files else ""
+
+
+def _generate(options: Generate, console: Console) -> int:
+    from pathlib import Path
+
+    from .models import Sampler, Stream, load
+    from .train.config import layer_names
+
+    own = layer_names(options.rule)[1] if options.rule else {}
+    sampler = Sampler(options.temperature, options.top_k, options.top_p)
+    model = load(options.run, own)
+    if model.config.vocabulary != 256:
+        raise FastWeightError(f"the model in {options.run} was trained on a task, not on bytes of text")
+    memory = Path(options.memory) if options.memory else None
+    stream = Stream.load(memory, model) if memory and memory.is_file() else Stream(model, options.seed)
+    prompt = options.prompt.encode()
+    stream.feed(list(prompt))
+    out = sys.stdout.buffer
+    out.write(prompt)
+    for token in stream.generate(options.tokens, sampler):
+        out.write(bytes([token]))
+        out.flush()
+    out.write(b"\n")
+    if memory:
+        stream.save(memory)
+    return 0
+
+
+def _doctor(options: Doctor, console: Console) -> int:
+    from .doctor import findings
+
+    table = _table("what", "", "found")
+    for what, found, good in findings():
+        table.add_row(what, {True: "[green]ok[/green]", False: "[red]missing[/red]", None: ""}[good], escape(found))
+    console.print(table)
+    return 0
+
+
+_RUN: dict[type, Any] = {Rules: _rules, Check: _check, Train: _train, Generate: _generate, Doctor: _doctor}
+_VERBS: Any = Union[tuple(Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())] for verb in _RUN)]  # noqa: UP007

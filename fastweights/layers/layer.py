@@ -1,0 +1,104 @@
+"""``FastWeightLayer``: a programmer, a rule and a read-out, as a module with its state in the open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..engine.scan import scan
+from ..language.errors import SignalError, SignalTypeError
+from ..language.rule import Rule
+from .programmer import Programmer
+
+State = dict[str, Tensor]
+
+
+class FastWeightLayer(nn.Module):
+    """A layer whose memory is a fast weight matrix a head, rewritten by a rule at every token.
+
+    ``y, state = layer(x, state)`` with x and y (B, T, d_model). The state holds the fast weights (B, heads, d_value, d_key), any
+    other state of the rule, and the last inputs of the short convolution, so that a sequence may be cut anywhere: streaming
+    token by token equals the whole. ``None`` is the empty state.
+
+    Args:
+        rule: any rule; the programmer is built from its signature (see ``Programmer``).
+        d_model: size of x.
+        heads, d_key, d_value: heads, and the sizes of a head; by default d_model is shared out among the heads.
+        output_norm, output_gate: RMS norm of each head's read-out, and a swish gate on it.
+        programmer: a module of your own in the place of the default one: ``signals, conv = programmer(x, conv)``.
+        options: passed to ``Programmer``: ``key_heads, conv, feature_map, norm, decay, negative_eigenvalues, custom``.
+
+    >>> import torch, fastweights as fw
+    >>> layer = fw.FastWeightLayer(fw.rules.gated_delta, 32, heads=2)
+    >>> y, state = layer(torch.randn(1, 10, 32))
+    >>> y.shape, state["W"].shape
+    (torch.Size([1, 10, 32]), torch.Size([1, 2, 16, 16]))
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        d_model: int,
+        *,
+        heads: int = 4,
+        d_key: int | None = None,
+        d_value: int | None = None,
+        output_norm: bool = True,
+        output_gate: bool = True,
+        form: str = "auto",
+        programmer: nn.Module | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__()
+        if not isinstance(rule, Rule):
+            raise SignalTypeError(f"rule is a {type(rule).__name__}, expected a Rule such as fw.rules.delta, or a function under @fw.rule")
+        if (d_key is None or d_value is None) and d_model % heads:
+            raise SignalError(f"d_model = {d_model} is not a multiple of heads = {heads}; give d_key and d_value, or other heads")
+        self.rule, self.d_model, self.heads, self.form = rule, d_model, heads, form
+        self.d_key, self.d_value = d_key or d_model // heads, d_value or d_model // heads
+        if programmer is None:
+            programmer = Programmer(rule, d_model, heads=heads, d_key=self.d_key, d_value=self.d_value, **options)  # type: ignore[arg-type]
+        elif options:
+            raise SignalError(f"{', '.join(options)} are options of the default programmer, and another programmer was given")
+        self.programmer = programmer
+        self.norm = nn.RMSNorm(self.d_value, eps=1e-5) if output_norm else None
+        self.gate = nn.Linear(d_model, heads * self.d_value, bias=False) if output_gate else None
+        self.out = nn.Linear(heads * self.d_value, d_model, bias=False)
+
+    def forward(self, x: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[Tensor, State]:
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.d_model:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise SignalError(f"x is {found}, expected a tensor (B, T, d_model = {self.d_model})")
+        before = None if state is None else state.get("conv")
+        signals, conv = self.programmer(x, before)
+        memory = self._empty(x, signals) if state is None else tuple(state[n] for n in self.rule.states)
+        y, after = scan(self.rule, **signals, state=memory, form=self.form)
+        new = dict(zip(self.rule.states, after if isinstance(after, tuple) else (after,), strict=True))
+        if conv is not None:
+            new["conv"] = conv
+        if self.norm is not None:
+            y = self.norm(y)
+        y = y.flatten(2).to(x.dtype)
+        if self.gate is not None:
+            y = y * F.silu(self.gate(x))
+        return self.out(y), new
+
+    def _empty(self, x: Tensor, signals: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        dtype = torch.float64 if any(s.dtype == torch.float64 for s in signals.values()) else torch.float32
+        shapes = [s.shapes(self.d_key, self.d_value)[0] for s in self.rule.states.values()]
+        return tuple(torch.zeros(x.shape[0], self.heads, *shape, dtype=dtype, device=x.device) for shape in shapes)
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of state for one sequence of that many tokens: the same for any number."""
+        del tokens
+        sizes = [math.prod(s.shapes(self.d_key, self.d_value)[0]) for s in self.rule.states.values()]
+        conv = getattr(self.programmer, "conv", None)
+        short = 0 if conv is None else (conv.width - 1) * conv.weight.shape[0]
+        return 4 * (self.heads * sum(sizes) + short)
+
+    def extra_repr(self) -> str:
+        return f"{self.rule.name}, d_model={self.d_model}, heads={self.heads}, d_key={self.d_key}, d_value={self.d_value}"

@@ -1,0 +1,187 @@
+"""Slow networks: from an input x to the signals of a rule. What a signal's role is says how it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..language.errors import SignalError
+from ..language.roles import Signal
+from ..language.rule import Rule
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu1": lambda x: F.elu(x) + 1,
+    "softmax": lambda x: x.softmax(-1),
+}
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "l2": lambda x: x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6),
+    "sum": lambda x: x / (x.sum(-1, keepdim=True) + 1e-6),
+}
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution of each channel with its own few weights: y_t = sum_j w_j x_{t-j}, j < width.
+
+    ``forward(x, state)``: x (B, T, C) and the last width - 1 inputs before it, (B, width - 1, C), zero if None. Returns y and
+    the state after x.
+
+    >>> conv = ShortConvolution(3, width=2)
+    >>> y, state = conv(torch.ones(1, 5, 3), None)
+    >>> y.shape, state.shape
+    (torch.Size([1, 5, 3]), torch.Size([1, 1, 3]))
+    """
+
+    def __init__(self, channels: int, width: int = 4) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-1, 1) / math.sqrt(width))
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if state is None:
+            state = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
+        extended = torch.cat([state.to(x.dtype), x], 1)
+        steps = x.shape[1]
+        y = sum(extended[:, j : j + steps] * self.weight[:, 0, j] for j in range(self.width))
+        return y if isinstance(y, Tensor) else x, extended[:, steps:]
+
+
+class SoftplusDecay(nn.Module):
+    """The log of a decay as Mamba has it: g = -exp(A_log) softplus(z + dt_bias), in float32 or better.
+
+    ``A`` starts uniform in (0, 16), the step softplus(dt_bias) log-uniform in [0.001, 0.1]. Neither has weight decay.
+    Source: Gu and Dao 2023; Yang et al. 2025.
+    """
+
+    def __init__(self, heads: int, channels: int | None) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1e-4, 16).log())
+        step = torch.empty(heads, *(() if channels is None else (channels,))).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        step = step.clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus of this is the step
+
+    def forward(self, z: Tensor) -> Tensor:
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        rate = self.A_log.to(dtype).exp()
+        rate = rate if self.dt_bias.ndim == 1 else rate.unsqueeze(-1)
+        return -rate * F.softplus(z.to(dtype) + self.dt_bias.to(dtype))
+
+
+class Programmer(nn.Module):
+    """The default slow network of a rule: every signal is made as its role asks.
+
+    Keys and queries: projection, short convolution, silu (or ``feature_map``), l2 norm (or ``norm``); positive ones: elu + 1.
+    Values: projection, short convolution, silu. Rates: a sigmoid, doubled with ``negative_eigenvalues``. Gates: a sigmoid.
+    Log decays: Mamba's softplus form, per head or per channel. Numbers and other vectors: projections.
+
+    ``forward(x, conv)``: x (B, T, d_model); returns the signals by name, (B, T, heads, ...), and the new convolution state.
+    ``custom`` replaces how single signals are made: a module from x (B, T, d_model) to the signal.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        d_model: int,
+        *,
+        heads: int,
+        d_key: int,
+        d_value: int,
+        key_heads: int | None = None,
+        conv: int = 4,
+        feature_map: str = "silu",
+        norm: str = "l2",
+        decay: str = "head",
+        negative_eigenvalues: bool = False,
+        custom: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        for what, given, known in (
+            ("feature_map", feature_map, FEATURE_MAPS),
+            ("norm", norm, NORMS),
+            ("decay", decay, ("head", "channel")),
+        ):
+            if given not in known:
+                raise SignalError(f"{what} is {given!r}; known: {', '.join(known)}")
+        self.rule, self.heads, self.key_heads = rule, heads, key_heads or heads
+        if heads % self.key_heads:
+            raise SignalError(f"key_heads is {key_heads}, which does not divide the {heads} heads")
+        self.d_key, self.d_value = d_key, d_value
+        self.feature_map, self.norm, self.negative_eigenvalues = feature_map, norm, negative_eigenvalues
+        self.pick = self._pick(decay)
+        self.custom = nn.ModuleDict(dict(custom or {}))
+        if unknown := [n for n in self.custom if n not in rule.signals]:
+            raise SignalError(f"{rule.name} has no signal {', '.join(map(repr, unknown))}; its signals are {', '.join(rule.signals)}")
+        made = {n: s for n, s in rule.signals.items() if n not in self.custom}
+        self.convolved = {n: s for n, s in made.items() if _is_pattern(s)}
+        self.direct = {n: s for n, s in made.items() if not _is_pattern(s)}
+        self.sizes = {n: self._heads(s) * math.prod(self._shape(s)) for n, s in (self.convolved | self.direct).items()}
+        self.project = nn.Linear(d_model, sum(self.sizes.values()), bias=False)
+        channels = sum(self.sizes[n] for n in self.convolved)
+        self.conv = ShortConvolution(channels, conv) if conv > 1 and channels else None
+        self.decays = nn.ModuleDict(
+            {n: SoftplusDecay(heads, self._shape(s)[-1] if self._shape(s) else None) for n, s in self.direct.items() if s.role.log_decay}
+        )
+
+    def _pick(self, decay: str) -> int:
+        wanted = 0 if decay == "head" else -1
+        several = any(s.role.log_decay for s in self.rule.signals.values())
+        if several and wanted not in self.rule.shapes:
+            if decay == "channel":
+                raise SignalError(f"decay='channel', but {self.rule.name} takes one decay a head; leave decay='head'")
+            wanted = -1
+        return wanted if several else 0
+
+    def _shape(self, s: Signal) -> tuple[int, ...]:
+        return s.shapes(self.d_key, self.d_value)[self.pick]
+
+    def _heads(self, s: Signal) -> int:
+        return self.key_heads if s.role.name.endswith(("Key", "Query")) else self.heads
+
+    def forward(self, x: Tensor, conv: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
+        split = [sum(self.sizes[n] for n in self.convolved), sum(self.sizes[n] for n in self.direct)]
+        patterns, numbers = self.project(x).split(split, -1)
+        if self.conv is not None:
+            patterns, conv = self.conv(patterns, conv)
+        raw = dict(zip(self.convolved, patterns.split([self.sizes[n] for n in self.convolved], -1), strict=True))
+        raw |= dict(zip(self.direct, numbers.split([self.sizes[n] for n in self.direct], -1), strict=True))
+        made = {n: self._make(n, self.rule.signals[n], z.unflatten(-1, self._axes(n))) for n, z in raw.items()}
+        made |= {n: module(x) for n, module in self.custom.items()}
+        return {n: made[n] for n in self.rule.signals}, conv
+
+    def _axes(self, name: str) -> tuple[int, ...]:
+        s = self.rule.signals[name]
+        return (self._heads(s), *self._shape(s))
+
+    def _make(self, name: str, s: Signal, z: Tensor) -> Tensor:
+        role = s.role.name
+        if role in ("Key", "Query"):
+            return NORMS[self.norm](FEATURE_MAPS[self.feature_map](z))
+        if role in ("PositiveKey", "PositiveQuery"):
+            return FEATURE_MAPS["elu1"](z)
+        if role == "Value":
+            return F.silu(z)
+        if role == "Rate":
+            return z.sigmoid() * (2 if self.negative_eigenvalues else 1)
+        if role.endswith("Gate"):
+            return z.sigmoid()
+        return self.decays[name](z) if s.role.log_decay else z
+
+    def extra_repr(self) -> str:
+        return f"{self.rule.name}, {', '.join(f'{n} {self._axes(n)}' for n in self.sizes)}"
+
+
+def _is_pattern(s: Signal) -> bool:
+    return s.role.name.endswith(("Key", "Query")) or s.role.name == "Value"
+
+
+def is_gate_parameter(name: str) -> bool:
+    """Parameters that must not decay to zero with the weights: those of the decays."""
+    return name.endswith(("A_log", "dt_bias"))

@@ -3,7 +3,6 @@
 from . import rules
 from .engine.check import check
 from .engine.scan import Output, Plan, attention_matrix, plan, scan, step, unroll
-from .layers import FastWeightLayer, Programmer, SoftmaxAttention
 from .language.errors import FastWeightError, FormError, RuleError, SignalError, SignalTypeError
 from .language.objective import Objective, descend
 from .language.roles import (
@@ -27,3 +26,47 @@ from .language.roles import (
     ValueVector,
 )
 from .language.rule import Rule, outer, rule
+from .layers import FastWeightLayer, Programmer, SoftmaxAttention
+
+__all__ = [
+    "FastWeightError",
+    "FastWeightLayer",
+    "FormError",
+    "Gate",
+    "Key",
+    "KeyGate",
+    "KeyState",
+    "KeyVector",
+    "LogDecay",
+    "Matrix",
+    "Objective",
+    "Output",
+    "Plan",
+    "PositiveKey",
+    "PositiveQuery",
+    "Programmer",
+    "Query",
+    "Rate",
+    "Rule",
+    "RuleError",
+    "Scalar",
+    "ScalarState",
+    "SignalError",
+    "SignalTypeError",
+    "SoftmaxAttention",
+    "Value",
+    "ValueGate",
+    "ValueLogDecay",
+    "ValueState",
+    "ValueVector",
+    "attention_matrix",
+    "check",
+    "descend",
+    "outer",
+    "plan",
+    "rule",
+    "rules",
+    "scan",
+    "step",
+    "unroll",
+]

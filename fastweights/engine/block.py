@@ -90,13 +90,10 @@ class Block:
     def __init__(self, micro: Micro) -> None:
         self.micro = micro
         self.segments = None if micro.reset is None else micro.reset.cumsum(-2)
-        plain = micro.w is not None and not micro.tied
         self.events: list[tuple[Tensor, Tensor, Tensor | None]] = []  # keys, values, response of the values to W_0
-        if plain:
-            assert micro.w is not None and micro.u is not None
+        if micro.w is not None and micro.u is not None and not micro.tied:
             self.events.append((micro.w, micro.u, None))
-        if micro.x is not None:
-            assert micro.y is not None
+        if micro.x is not None and micro.y is not None:
             self.events.append((micro.y, *self._solve(micro.x, micro.y)))
 
     def _solve(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ class Report(NamedTuple):
 def example(
     rule: Rule, B: int = 2, T: int = 33, H: int = 2, K: int = 5, V: int = 4, *, per_channel: bool = False, seed: int = 0,
     dtype: torch.dtype = torch.float64,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Random signals of sensible size for every role: keys of about unit length, rates and gates in (0, 1), decays of all kinds."""
     draw = torch.Generator().manual_seed(seed)
     out = {}
@@ -100,7 +100,7 @@ def _error(out: Output, want: Output) -> float:
     return max(distance(a, b) for a, b in zip((out.y, *_states(out)), (want.y, *_states(want)), strict=True))
 
 
-def gradients(rule: Rule, signals: dict[str, Tensor], state: tuple[Tensor, ...], **how: Any) -> list[Tensor]:
+def gradients(rule: Rule, signals: dict[str, Any], state: tuple[Tensor, ...], **how: Any) -> list[Tensor]:
     """Gradients of a fixed function of the outputs with respect to every signal and state."""
     leaves = {n: x.detach().clone().requires_grad_() for n, x in signals.items()}
     states = [s.detach().clone().requires_grad_() for s in state]
@@ -141,7 +141,7 @@ def check(rule: Rule, *, seed: int = 0, T: int = 33, chunk_sizes: tuple[int, ...
     return Report(rule.name, rows)
 
 
-def _variants(rule: Rule, seed: int, T: int, dtype: torch.dtype) -> Iterator[tuple[dict[str, Tensor], tuple[Tensor, ...]]]:
+def _variants(rule: Rule, seed: int, T: int, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], tuple[Tensor, ...]]]:
     """Signals and states: decays per head and per channel, where the rule takes both."""
     for pick in rule.shapes:
         signals = example(rule, T=T, per_channel=pick == -1, seed=seed)
@@ -178,7 +178,7 @@ def _reference_rows(rule: Rule, seed: int, T: int) -> list[Row]:
     ]
 
 
-def _finite_difference(rule: Rule, signals: dict[str, Tensor], state: tuple[Tensor, ...]) -> float:
+def _finite_difference(rule: Rule, signals: dict[str, Any], state: tuple[Tensor, ...]) -> float:
     """The derivative along one direction, by autograd and by central differences."""
     short = {n: x[:1, :5, :1] - 0.01 * rule.signals[n].role.log_decay for n, x in signals.items()}
     start = tuple(s[:1, :1] for s in state)
@@ -246,7 +246,7 @@ def descent_error(rule: Rule, objective: Objective, seed: int = 0) -> float:
     return distance(new, start - rate * slope)
 
 
-def _arguments(fn: Callable[..., Any], signals: dict[str, Tensor]) -> dict[str, Tensor]:
+def _arguments(fn: Callable[..., Any], signals: dict[str, Any]) -> dict[str, Any]:
     import inspect
 
     return {n: signals[n] for n in list(inspect.signature(fn).parameters)[1:]}

@@ -23,7 +23,7 @@ def chunked(micro: Micro, weights: Tensor, size: int) -> tuple[list[Tensor], Ten
     for part in micro.split(span):
         reads, weights = _walk(part, weights, size)
         outputs.append(reads)
-    return [torch.cat(parts, -2) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True)], weights
+    return [torch.cat(parts, -2) for parts in zip(*outputs, strict=True)], weights
 
 
 def _walk(micro: Micro, weights: Tensor, size: int) -> tuple[list[Tensor], Tensor]:

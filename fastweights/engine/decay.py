@@ -99,9 +99,9 @@ def _visible_per_key(q: Tensor, k: Tensor, decay: Decay) -> Tensor:
     rows, keys = q.unflatten(-2, (-1, half)), k.unflatten(-2, (-1, half))
     tiles = (rows.unsqueeze(-2) * groups.between() * keys.unsqueeze(-3)).sum(-1)
     while half < size + extra:
-        left, right = (decay.map(lambda x, _, s=side: x.unflatten(-2, (-1, 2, half)).select(-3, s)) for side in (0, 1))
-        earlier = k.unflatten(-2, (-1, 2, half)).select(-3, 0) * left.until_end()
-        later = q.unflatten(-2, (-1, 2, half)).select(-3, 1) * right.since_start()
+        left, right = (decay.map(lambda x, _, s=side, h=half: _half(x, h, s)) for side in (0, 1))
+        earlier = _half(k, half, 0) * left.until_end()
+        later = _half(q, half, 1) * right.since_start()
         corner = later @ earlier.mT
         pairs = tiles.unflatten(-3, (-1, 2))
         corner = corner.expand(*torch.broadcast_shapes(pairs.shape[:-4], corner.shape[:-3]), *corner.shape[-3:])
@@ -110,6 +110,11 @@ def _visible_per_key(q: Tensor, k: Tensor, decay: Decay) -> Tensor:
         tiles = torch.cat([top, torch.cat([corner, pairs.select(-3, 1)], -1)], -2)
         half *= 2
     return tiles.squeeze(-3)[..., :size, :size]
+
+
+def _half(x: Tensor, half: int, side: int) -> Tensor:
+    """The left (0) or right (1) halves of consecutive groups of 2 * half rows."""
+    return x.unflatten(-2, (-1, 2, half)).select(-3, side)
 
 
 def mixed(scores: Tensor, k: Tensor, decay: Decay) -> Tensor:

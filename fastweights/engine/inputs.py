@@ -108,10 +108,9 @@ def _tensors(rule: Rule, signals: Mapping[str, Any]) -> None:
 def _ranks(rule: Rule, expected: dict[str, Signal], given: dict[str, Tensor], time: bool) -> None:
     for n, x in given.items():
         if x.ndim - 3 not in [len(shape) for shape in expected[n].shapes(1, 1)]:
-            letters, shape = expected[n].letters(), tuple(x.shape if time else x.squeeze(1).shape)
-            raise SignalError(
-                f"{rule.name}: signal {n!r} ({expected[n].role}) has shape {shape}, expected {letters if time else letters.replace('T, ', '')}"
-            )
+            letters = expected[n].letters() if time else expected[n].letters().replace("T, ", "")
+            shape = tuple(x.shape if time else x.squeeze(1).shape)
+            raise SignalError(f"{rule.name}: signal {n!r} ({expected[n].role}) has shape {shape}, expected {letters}")
 
 
 def _agree(rule: Rule, given: dict[str, Tensor], time: bool) -> tuple[int, int]:

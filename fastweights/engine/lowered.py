@@ -91,15 +91,15 @@ def _carried(step: Carry, program: Program, values: dict[Expr, Tensor], start: T
     scalar = program.leaves[step.name].meta.ndim == 0
     shape = (given.B, given.T, *start.shape[1 : lead - 1])
     a, b = (_over_time(p.to(given.device, given.dtype), lead, shape, scalar) for p in parts)
-    if given.reset is not None:
+    at = None if given.reset is None else given.reset.reshape(given.B, *(1,) * (lead - 2), given.T, 1)
+    if at is not None:
         zero = torch.zeros((), dtype=a.dtype, device=a.device)
-        at = given.reset.reshape(given.B, *(1,) * (lead - 2), given.T, 1)
         b = b if linear else torch.where(at, torch.maximum(a, b), b)
         a = torch.where(at, zero if linear else zero - torch.inf, a)
     begin = start.unsqueeze(-1) if scalar else start
     after = (carry.linear if linear else carry.maximum)(a, b, begin)
     before = torch.cat([begin.expand(after[..., 0, :].shape).unsqueeze(-2), after[..., :-1, :]], -2)
-    if given.reset is not None:
+    if at is not None:
         before = only(~at, before)
     before = before.movedim(-2, 1)
     values[program.leaves[step.name]] = before.squeeze(-1) if scalar else before
@@ -194,5 +194,6 @@ def _contained(micro: Micro, weights: Tensor) -> tuple[Micro, Tensor, Tensor | N
     if micro.reset is not None:
         since = torch.where(micro.reset != 0, count[..., :-1, :], since).cummax(-2).values
     spoilt = count[..., 1:, :] > since
-    clean = micro.map(lambda t, nothing: torch.where(bad, nothing, t))
+    wrong = bad
+    clean = micro.map(lambda t, nothing: torch.where(wrong, nothing, t))
     return replace(clean, reset=micro.reset), only(~start, weights), spoilt

@@ -96,7 +96,8 @@ def _run(given: Inputs, chosen: Plan) -> Output:
         else:
             size = program.n * (chosen.chunk_size or 1)
             y, states = lowered.run(program, given, lambda micro, weights: chunked(micro, weights, size), size)
-    return Output(y.to(given.out), states if len(states) > 1 else states[0])
+    w, *others = states
+    return Output(y.to(given.out), states if others else w)
 
 
 def plan(
@@ -207,7 +208,8 @@ def attention_matrix(rule: Rule, *, reset: Tensor | None = None, **signals: Tens
     _refuse_if_no_matrix(rule)
     given = check(rule, signals, reset=reset, optional=("v",))
     values = torch.eye(given.T, dtype=given.out, device=given.device)[None, :, None, :].expand(given.B, given.T, given.H, given.T)
-    y = scan(rule, v=values, reset=reset, form="parallel", **signals).y
+    given = check(rule, {**signals, "v": values}, reset=reset)
+    y = _run(given, _plan(given, "parallel", "auto", None)).y
     return y.permute(0, 2, 1, 3)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import linecache
 import operator
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,28 @@ def _key(x: Any) -> Any:
     return (type(x).__name__, x if getattr(x, "__hash__", None) else id(x))
 
 
+def _forward(fn: Any) -> Callable[..., Expr]:
+    return lambda self, *others: self.tape.record(fn, self, *others)
+
+
+def _reflected(fn: Any) -> Callable[..., Expr]:
+    return lambda self, other: self.tape.record(fn, other, self)
+
+
+def _asks(what: str) -> Callable[..., Any]:
+    def ask(self: Expr) -> Any:
+        raise DataDependent(what, Where.caller())
+
+    return ask
+
+
+def _refuses(what: str) -> Callable[..., Any]:
+    def refuse(self: Expr, *others: Any) -> Any:
+        raise in_place(what)
+
+    return refuse
+
+
 class Expr:
     """A tensor of one token and one head, known only by how it is computed."""
 
@@ -167,8 +190,16 @@ class Expr:
     def __getitem__(self, index: Any) -> Expr:
         return self.tape.record(operator.getitem, self, index)
 
-    def __setitem__(self, index: Any, value: Any) -> None:
-        raise in_place("x[...] = ...")
+    __add__, __radd__, __iadd__ = _forward(operator.add), _reflected(operator.add), _refuses("+=")
+    __sub__, __rsub__, __isub__ = _forward(operator.sub), _reflected(operator.sub), _refuses("-=")
+    __mul__, __rmul__, __imul__ = _forward(operator.mul), _reflected(operator.mul), _refuses("*=")
+    __truediv__, __rtruediv__, __itruediv__ = _forward(operator.truediv), _reflected(operator.truediv), _refuses("/=")
+    __matmul__, __rmatmul__, __imatmul__ = _forward(operator.matmul), _reflected(operator.matmul), _refuses("@=")
+    __pow__, __rpow__, __ipow__ = _forward(operator.pow), _reflected(operator.pow), _refuses("**=")
+    __mod__, __rmod__, __setitem__ = _forward(operator.mod), _reflected(operator.mod), _refuses("x[...] = ...")
+    __neg__, __abs__ = _forward(operator.neg), _forward(operator.abs)
+    __lt__, __le__, __gt__, __ge__ = (_forward(fn) for fn in (operator.lt, operator.le, operator.gt, operator.ge))
+    __bool__, __float__, __int__, __index__ = _asks("if"), _asks("float()"), _asks("int()"), _asks("an index")
 
     def __iter__(self) -> Any:
         return iter([self[i] for i in range(self.meta.shape[0])])
@@ -189,38 +220,3 @@ def _transpose(x: Tensor) -> Tensor:
 
 
 _transpose.__name__ = "mT"
-
-
-def _install() -> None:
-    """Give ``Expr`` the operators of a tensor, each recorded under its own name."""
-
-    def forward(fn: Any) -> Any:
-        return lambda self, *others: self.tape.record(fn, self, *others)
-
-    def reflected(fn: Any) -> Any:
-        return lambda self, other: self.tape.record(fn, other, self)
-
-    def asks_for_value(what: str) -> Any:
-        def ask(self: Expr) -> Any:
-            raise DataDependent(what, Where.caller())
-
-        return ask
-
-    def refuses(what: str) -> Any:
-        def refuse(self: Expr, other: Any) -> Any:
-            raise in_place(what)
-
-        return refuse
-
-    for name in ("add", "sub", "mul", "truediv", "matmul", "pow", "mod"):
-        fn = getattr(operator, name)
-        setattr(Expr, f"__{name}__", forward(fn))
-        setattr(Expr, f"__r{name}__", reflected(fn))
-        setattr(Expr, f"__i{name}__", refuses(f"{name}="))
-    for name in ("neg", "abs", "lt", "le", "gt", "ge"):
-        setattr(Expr, f"__{name}__", forward(getattr(operator, name)))
-    for name, what in (("bool", "if"), ("float", "float()"), ("int", "int()"), ("index", "an index")):
-        setattr(Expr, f"__{name}__", asks_for_value(what))
-
-
-_install()

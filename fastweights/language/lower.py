@@ -163,9 +163,8 @@ def _merge(last: MicroStep, new: MicroStep) -> MicroStep | None:
     lag = max(new.lag - 1, 0)
     if last.only_decays:
         return replace(new.with_decay(last.decay), lag=lag)
-    if new.x is not None:
-        if new.lag == 0 or (last.x is not None and not (last.y is new.y and last.lag == lag)):
-            return None
+    if new.x is not None and (new.lag == 0 or (last.x is not None and not (last.y is new.y and last.lag == lag))):
+        return None
     if new.u is not None and last.u is not None and last.w is not new.w:
         return None
     out = last if new.x is None else replace(last, x=plus(last.x, new.x), y=new.y, lag=lag)
@@ -279,7 +278,8 @@ class Lowering:
 
     def _sum_of_two(self, a: Mat, b: Mat, node: Expr) -> Mat:
         """Two matrices that both contain W: both are expressed by the weights at their last common version."""
-        assert a.chain is not None and b.chain is not None
+        assert a.chain is not None
+        assert b.chain is not None
         version = shared_version(a.chain, b.chain)
         base, terms, factor = a.chain[:version], a.terms + b.terms, None
         for chain in (a.chain, b.chain):

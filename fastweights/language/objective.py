@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .expr import Expr
 
@@ -53,8 +54,8 @@ def gradient(loss: Callable[..., Any], W: Any, *args: Any, **kwargs: Any) -> Any
 
 def _pull(node: Expr, g: Any) -> list[tuple[Any, Any]]:
     """The gradients of a node's arguments, given its own (a number stands for a constant vector)."""
-    a = node.args[0]
-    b = node.args[1] if len(node.args) > 1 else None
+    a: Any = node.args[0]
+    b: Any = node.args[1] if len(node.args) > 1 else None
     match node.op:
         case "add":
             return [(a, _sum_to(a, g)), (b, _sum_to(b, g))]
@@ -98,7 +99,7 @@ def _opaque(node: Expr, g: Any) -> list[tuple[Any, Any]]:
     def pull(g: Any, *values: Any) -> Any:
         def f(*xs: Any) -> Any:
             given = dict(zip((p.index for p in parents), xs, strict=True))
-            args = torch.utils._pytree.tree_map(lambda a: given[a.index] if isinstance(a, Expr) else a, node.args)
+            args = pytree.tree_map(lambda a: given[a.index] if isinstance(a, Expr) else a, node.args)
             return node.fn(*args, **node.kwargs)
 
         return torch.func.vjp(f, *values)[1](torch.as_tensor(g).expand(node.meta.shape))

@@ -11,7 +11,8 @@ the place of W, and a read of W is a backward read of S.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -57,7 +58,7 @@ class Decays:
     factor: Expr | None = None
 
     def __mul__(self, other: Decays) -> Decays:
-        return Decays(_join(self.log, other.log, Expr.__add__), _join(self.factor, other.factor, Expr.__mul__))
+        return Decays(_join(self.log, other.log, operator.add), _join(self.factor, other.factor, operator.mul))
 
     def of(self, vector: Expr) -> Expr:
         """The vector in key space, decayed."""
@@ -67,10 +68,10 @@ class Decays:
 
     @property
     def linear(self) -> Expr | None:
-        return _join(None if self.log is None else self.log.exp(), self.factor, Expr.__mul__)
+        return _join(None if self.log is None else self.log.exp(), self.factor, operator.mul)
 
 
-def _join(a, b, how):
+def _join(a: Expr | None, b: Expr | None, how: Callable[[Expr, Expr], Expr]) -> Expr | None:
     return b if a is None else a if b is None else how(a, b)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,10 +84,9 @@ def _lower(rule: Rule, leaves: dict[str, Expr], states: tuple[Expr, ...], output
     carried = dict(zip(others, states[1:], strict=True))
     carries = _carries(carried, leaves, weights)
     chain = lowering.chain(states[0])
-    if output is None:
-        output = states[0] @ leaves["q"]
+    shown = states[0] @ leaves["q"] if output is None else output
     reads = _Reads(lowering, chain)
-    y = reads.rewrite(output)
+    y = reads.rewrite(shown)
     return Program(leaves, chain, tuple(reads.reads), tuple(reads.leaves), y, carries, rows)
 
 
@@ -211,17 +212,19 @@ def _linear(node: Expr, leaf: Expr) -> tuple[Expr | None, Expr | None] | None:
     if leaf not in _leaves_of(node):
         return None, node
     parts = [_linear(a, leaf) if isinstance(a, Expr) else (None, constant(leaf, a)) for a in node.args]
-    if any(p is None for p in parts):
-        return None
     match node.op, parts:
         case "add", [(a, b), (c, d)]:
             return plus(a, c), plus(b, d)
         case "sub", [(a, b), (c, d)]:
-            return plus(a, None if c is None else -c), plus(b, None if d is None else -d)
+            return plus(a, _mapped(operator.neg, c)), plus(b, _mapped(operator.neg, d))
         case "neg", [(a, b)]:
-            return None if a is None else -a, None if b is None else -b
-        case ("mul", [(a, b), (None, by)]) | ("mul", [(None, by), (a, b)]):
-            return None if a is None else times(a, by), None if b is None else times(b, by)
-        case "div", [(a, b), (None, by)]:
-            return None if a is None else a / by, None if b is None else b / by
+            return _mapped(operator.neg, a), _mapped(operator.neg, b)
+        case ("mul", [(a, b), (None, Expr() as by)]) | ("mul", [(None, Expr() as by), (a, b)]):
+            return _mapped(lambda x: times(x, by), a), _mapped(lambda x: times(x, by), b)
+        case "div", [(a, b), (None, Expr() as by)]:
+            return _mapped(lambda x: x / by, a), _mapped(lambda x: x / by, b)
     return None
+
+
+def _mapped(fn: Callable[[Expr], Expr], x: Expr | None) -> Expr | None:
+    return None if x is None else fn(x)

@@ -144,12 +144,13 @@ class LanguageModel(nn.Module):
             self._initialise()
 
     def _initialise(self) -> None:
-        """Normal weights of standard deviation 0.02, smaller where they write to the residual stream."""
+        """Normal weights that keep the size of what they are given; smaller where they write to the residual stream."""
         deep = (2 * len(self.blocks)) ** -0.5
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=self.config.d_model**-0.5)
         for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02 * (deep if name.endswith((".out", ".mlp_out")) else 1.0))
+                writes = name.endswith((".out", ".mlp_out"))
+                nn.init.normal_(module.weight, std=module.in_features**-0.5 * (deep if writes else 1.0))
 
     def forward(self, ids: Tensor, memory: Sequence[dict[str, Tensor]] | None = None) -> tuple[Tensor, Memory]:
         x = self.embed(ids)

@@ -181,7 +181,7 @@ def test_the_attention_matrix_times_the_values_is_the_output(rule):
 @pytest.mark.parametrize("rule", [R.oja, R.erase, R.erase_write, R.delta * 2], ids=name)
 def test_rules_without_an_attention_matrix_say_so(rule):
     signals = {n: x for n, x in example(rule).items() if n != "v"}
-    with pytest.raises(fw.FormError, match="attention matrix|no value v"):
+    with pytest.raises(fw.FormError, match=r"attention matrix|no value v"):
         fw.attention_matrix(rule, **signals)
 
 

@@ -18,10 +18,10 @@ def correct_then_forget(W, k: Key, v: Value, beta: Rate, g: LogDecay):
 def test_identities():
     assert R.erase >> R.write == R.delta
     assert R.decay >> R.delta == R.gated_delta
-    assert R.delta.T == R.oja
-    assert R.gated_delta.T == R.gated_oja
-    assert R.oja.T == R.delta
-    assert R.gated_delta.T.T == R.gated_delta
+    assert R.oja == R.delta.T
+    assert R.gated_oja == R.gated_delta.T
+    assert R.delta == R.oja.T
+    assert R.gated_delta == R.gated_delta.T.T
     assert R.delta * 1 == R.delta
     assert (R.delta * 2) * 3 == R.delta * 6
 
@@ -122,7 +122,7 @@ def test_transposing_an_asymmetric_rule():
 
     assert scaled.T.signals["b"].role.name == "ValueVector"
     assert scaled.T.program.transposed
-    assert scaled.T == fw.rule(lambda_row)
+    assert fw.rule(lambda_row) == scaled.T
 
 
 def test_a_rule_is_a_function():

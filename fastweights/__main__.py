@@ -1,0 +1,5 @@
+"""``python -m fastweights``."""
+
+from .cli import main
+
+main()

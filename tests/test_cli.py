@@ -1,0 +1,139 @@
+"""The command line, as a person uses it."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from fastweights import cli
+
+RULES = """
+import torch
+import fastweights as fw
+from fastweights import Key, LogDecay, Rate, Value, outer
+
+@fw.rule
+def leaky_delta(W, k: Key, v: Value, beta: Rate, g: LogDecay):
+    W = W + outer(beta * (v - W @ k), k)
+    return W * g.exp()
+
+@fw.rule
+def squashed(W, k: Key, v: Value):
+    return W + outer(v - torch.tanh(W @ k), k)
+
+@fw.rule
+def wrong(W, k: Key, v: Value):
+    return W + outer(k, v)
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(RULES)
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 60)
+    return tmp_path
+
+
+def run(capfd, *words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(words))
+    captured = capfd.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def test_rules(capfd):
+    code, out, _ = run(capfd, "rules")
+    assert code == 0
+    for part in ("gated_delta", "exp(g) W", "decay scalar, erase tied", "1/2 |v"):
+        assert part in out
+
+
+def test_one_rule(capfd):
+    code, out, _ = run(capfd, "rules", "gated_delta")
+    assert code == 0
+    for part in ("LogDecay", "(B, T, H, K)", "e^{g} W", "W [exp(g) I", "Yang"):
+        assert part in out
+    assert "2 micro-steps" in run(capfd, "rules", "delta * 2")[1]
+
+
+def test_check(capfd, here):
+    code, out, _ = run(capfd, "check", "delta")
+    assert (code, "delta: PASS" in out) == (0, True)
+    code, out, _ = run(capfd, "check", "own.py:leaky_delta")
+    assert (code, "leaky_delta: PASS" in out) == (0, True)
+    code, out, _ = run(capfd, "check", "own.py:squashed")
+    assert code == 0
+    assert "refused: tanh of a read of W" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["check", "delt"], "did you mean 'delta'"),
+        (["check", "nowhere.py:x"], "there is no file 'nowhere.py'"),
+        (["check", "own.py:gone"], "Rules in the file: leaky_delta, squashed, wrong"),
+        (["check", "own.py:wrong"], "fails on tensors of the shapes of its roles"),
+        (["generate", "nowhere"], "nowhere/config.json is not there"),
+        (["train", "--text", "gone"], "there is no text at 'gone'"),
+    ],
+)
+def test_errors_are_one_message_without_a_traceback(capfd, here, words, message):
+    code, _, err = run(capfd, *words)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_train_and_generate_with_a_rule_of_ones_own(capfd, here):
+    small = ["--steps", "6", "--batch", "2", "--length", "32", "--depth", "1", "--d-model", "16", "--heads", "2", "--text", "text.txt"]
+    for rule in ("leaky_delta", "squashed"):
+        code, out, _ = run(capfd, "train", "--rule", f"own.py:{rule}", "--name", rule, *small)
+        assert code == 0
+        assert f"fastweights generate runs/{rule} --rule own.py:{rule}" in out
+        code, out, _ = run(capfd, "generate", f"runs/{rule}", "--rule", f"own.py:{rule}", "--prompt", "to be", "--tokens", "8")
+        assert code == 0
+        assert out.startswith("to be")
+        code, _, err = run(capfd, "generate", f"runs/{rule}")
+        assert code == 2
+        assert f"--rule FILE.py:{rule}" in err
+
+
+def test_generation_continues_from_a_memory_file(capfd, here):
+    small = ["--steps", "4", "--batch", "2", "--length", "32", "--depth", "1", "--d-model", "16", "--heads", "2", "--text", "text.txt"]
+    run(capfd, "train", "--name", "m", *small)
+    for _ in range(2):
+        code, _, _ = run(capfd, "generate", "runs/m", "--prompt", "a", "--tokens", "3", "--memory", "memory.safetensors")
+        assert code == 0
+    assert (here / "memory.safetensors").is_file()
+
+
+def test_text_from_standard_input(capfd, here, monkeypatch):
+    class Piped:
+        buffer = io.BytesIO(b"some piped text, again and again. " * 40)
+
+    monkeypatch.setattr(sys, "stdin", Piped)
+    words = ["--steps", "2", "--batch", "1", "--length", "16", "--depth", "1", "--d-model", "16", "--heads", "2"]
+    code, out, _ = run(capfd, "train", "--text", "-", "--name", "piped", *words)
+    assert code == 0
+    assert "text of 1360 bytes" in out
+
+
+def test_doctor(capfd):
+    code, out, _ = run(capfd, "doctor")
+    assert code == 0
+    assert "torch" in out
+
+
+@pytest.mark.parametrize("verb", ["rules", "check", "train", "generate", "doctor"])
+def test_every_verb_shows_an_example(capfd, verb):
+    code, out, _ = run(capfd, verb, "--help")
+    assert code == 0
+    assert f"Example: fastweights {verb}" in out
+
+
+def test_importing_the_package_needs_only_torch():
+    code = "import sys, fastweights; print(*sorted({'matplotlib', 'tyro', 'rich', 'safetensors'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not out.strip()

@@ -27,6 +27,8 @@ class Rules:
 
     name: Annotated[str, tyro.conf.Positional] = ""
     """A rule, which may be composed ("delta * 2", "delta.T"), or FILE.py:NAME."""
+    markdown: bool = False
+    """Print the catalogue as a table in Markdown."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,29 @@ def _rules(options: Rules, console: Console) -> int:
     if options.name:
         _one_rule(find_rule(options.name), console)
         return 0
+    if options.markdown:
+        _say(console, markdown_table())
+        return 0
     table = _table("rule", "the new W (and y, if it is not W q); what one step descends")
     for rule in CATALOGUE:
         forms = "all forms" if len(rule.forms) == len(FORMS) else ", ".join(rule.forms)
         objective = f"; descends {rule.objective.equation}" if rule.objective else ""
-        about = f"[dim]{rule.program.kind}; {forms}{escape(objective)}[/dim]"
+        about = f"[dim]{rule.kind}; {forms}{escape(objective)}[/dim]"
         table.add_row(f"[bold]{rule.name}[/bold]", f"{escape(rule.equation())}\n{about}")
     console.print(table)
     _say(console, "All forms: recurrent, parallel, chunk. Rules combine: r1 >> r2, r * n, r.T. About one: fastweights rules NAME")
     return 0
+
+
+def markdown_table() -> str:
+    """The catalogue as it stands in the README."""
+    from .rules import CATALOGUE
+
+    lines = ["| rule | the new W (and y, if it is not W q) | class | source |", "|---|---|---|---|"]
+    for rule in CATALOGUE:
+        equation = rule.equation().replace("|", "\\|")
+        lines.append(f"| `{rule.name}` | {equation} | {rule.kind} | {rule.cite} |")
+    return "\n".join(lines)
 
 
 def _one_rule(rule: Any, console: Console) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "legend.frameon": False, "figure.constrained_layout.use": True, "savefig.dpi": 150,
+    "figure.constrained_layout.use": True, "savefig.dpi": 150,
 }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def draw_losses(axes: Axes, runs: Mapping[str, Sequence[Mapping[str, Any]]], uni
     axes.set_ylabel(f"loss ({unit})")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        axes.legend(frameon=False)
 
 
 def smoothed(values: Sequence[float], keep: float = 0.95) -> list[float]:

@@ -93,6 +93,13 @@ class Rule:
         """The forms in which the rule can run over time."""
         return FORMS if self.trace.program is not None else FORMS[:1]
 
+    @property
+    def kind(self) -> str:
+        """The class of the normal form in words, such as ``decay scalar, erase tied``; raises ``FormError`` if there is none."""
+        if len(self.shapes) == 1 or "decay scalar" not in self.program.kind:
+            return self.program.kind
+        return self.program.kind.replace("decay scalar", "decay scalar or per channel")
+
     def explain(self, known: Trace | None = None) -> str:
         """Why the rule runs only as a recurrence: the reason and the line."""
         known = known or self.trace

@@ -57,8 +57,8 @@ def test_it_learns_text(tmp_path, text):
 
 
 def test_it_learns_to_recall(tmp_path):
-    options = {"steps": 300, "batch": 32, "depth": 2, "d_model": 64, "heads": 2, "evaluate_every": 1000, "checkpoint_every": 1000}
-    result = train(TrainConfig(task="recall", pairs=4, runs=str(tmp_path), learning_rate=0.005, rule="delta", **options), quiet())
+    options = {"steps": 400, "batch": 32, "depth": 2, "d_model": 64, "heads": 2, "evaluate_every": 1000, "checkpoint_every": 1000}
+    result = train(TrainConfig(task="recall", pairs=3, runs=str(tmp_path), learning_rate=0.005, rule="delta", **options), quiet())
     assert result.accuracy > 0.5
 
 

@@ -1,6 +1,6 @@
 """Forward, and forward with backward, of rules in the torch chunk form beside softmax attention: medians of one interleaved run.
 
-    python benchmarks/forms.py [--tokens 1024 4096] [--repeats 5]
+python benchmarks/forms.py [--tokens 1024 4096] [--repeats 5]
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from fastweights.train.metrics import read_metrics
 
 FOLDER = Path("runs/demo")
 CONTEXTS = (1_000, 100_000)
-OPTIONS = {"steps": 300, "batch": 8, "length": 256, "depth": 4, "d_model": 128, "evaluate_every": 60, "checkpoint_every": 150}
-PROMPT = "def "
+OPTIONS = {"steps": 400, "batch": 8, "length": 256, "depth": 4, "d_model": 128, "evaluate_every": 80, "checkpoint_every": 200}
+PROMPT = "    def __init__(self"
 
 
 def check_rules(console: Console) -> None:
@@ -31,7 +31,10 @@ def check_rules(console: Console) -> None:
     for rule in (fw.rules.hebb, fw.rules.delta, fw.rules.gated_delta):
         report = fw.check(rule)
         worst = max(max(r.error or 0, r.gradient or 0) for r in report.rows if r.dtype == "float64" and r.what in ("parallel", "chunk"))
-        console.print(f"{'PASS' if report.passed else 'FAIL'}  {rule!r}\n      parallel and chunk form, gradients too, within {worst:.0e}", highlight=False)
+        console.print(
+            f"{'PASS' if report.passed else 'FAIL'}  {rule!r}\n      parallel and chunk form, gradients too, within {worst:.0e}",
+            highlight=False,
+        )
 
 
 def train_both(console: Console) -> dict[str, Result]:
@@ -47,14 +50,14 @@ def train_both(console: Console) -> dict[str, Result]:
 def compare(console: Console, results: dict[str, Result]) -> None:
     console.rule("3. compared")
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("model", "parameters", "bits/byte", "tokens/s", *(f"state at {c // 1000}k" for c in CONTEXTS)):
+    for name in ("model", "parameters", "bits/byte", "tokens/s", *(f"at {c // 1000}k" for c in CONTEXTS)):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for name, r in results.items():
         memory = [size(r.model.state_bytes(c)) for c in CONTEXTS]
         table.add_row(name, f"{r.model.parameters_count():,}", f"{r.bits:.3f}", f"{r.tokens_per_second:,.0f}", *memory)
     console.print(table)
     draw(results, FOLDER / "comparison.png")
-    console.print("tokens/s: in training. State: what one sequence remembers after that many tokens.", highlight=False)
+    console.print("tokens/s: in training. at 1k, at 100k: memory of one sequence after that many tokens.", highlight=False)
     console.print(f"picture: {FOLDER / 'comparison.png'}", highlight=False)
 
 
@@ -84,7 +87,7 @@ def write(console: Console, result: Result) -> None:
     console.rule("4. the gated delta model writes on from " + repr(PROMPT))
     stream = Stream(result.model, seed=0)
     stream.feed(list(PROMPT.encode()))
-    text = bytes(stream.generate(300, Sampler(temperature=0.7, top_p=0.95)))
+    text = bytes(stream.generate(300, Sampler(temperature=0.9, top_p=0.95)))
     sys.stdout.flush()
     console.print(PROMPT + text.decode(errors="replace"), markup=False, highlight=False)
 

@@ -35,6 +35,12 @@ class Inputs:
     out: torch.dtype
     device: torch.device
 
+    def empty(self) -> Tensor:
+        """The output of no tokens."""
+        shown = self.rule.trace_for(self.token_shapes()).output
+        shape = (self.V,) if shown is None else tuple(shown.shape)
+        return torch.zeros(self.B, 0, self.H, *shape, dtype=self.dtype, device=self.device)
+
     def token_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every state and signal for one token and one head."""
         states = {n: tuple(s.shape[2:]) for n, s in zip(self.rule.states, self.states, strict=True)}
@@ -43,8 +49,8 @@ class Inputs:
 
 
 def may_look() -> bool:
-    """Whether values may be looked at: not while a graph is being compiled."""
-    return not torch.compiler.is_compiling()
+    """Whether values may be looked at: not while a graph is compiled, nor inside vmap and its kin."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def require_rule(rule: Any) -> None:
@@ -61,7 +67,7 @@ def check(
     require_rule(rule)
     _names(rule, signals, optional)
     _tensors(rule, signals)
-    given = {n: x if time else x.unsqueeze(1) for n, x in signals.items()}
+    given = {n: x if time or x.ndim < 2 else x.unsqueeze(1) for n, x in signals.items()}
     expected = {n: rule.signals[n] for n in given}
     _ranks(rule, expected, given, time)
     B, T = _agree(rule, given, time)
@@ -93,7 +99,8 @@ def _names(rule: Rule, signals: Mapping[str, Any], optional: tuple[str, ...]) ->
     if unknown:
         near = [f"{n!r} (did you mean {m[0]!r}?)" if (m := difflib.get_close_matches(n, rule.signals, 1)) else repr(n) for n in unknown]
         raise SignalError(f"{rule.name}: unknown signal {', '.join(near)}; the signals are {signature}")
-    if missing:
+    if missing or not signals:
+        missing = missing or list(rule.signals)
         raise SignalError(f"{rule.name}: missing signal {', '.join(map(repr, missing))}; the signals are {signature}")
 
 
@@ -101,6 +108,8 @@ def _tensors(rule: Rule, signals: Mapping[str, Any]) -> None:
     for n, x in signals.items():
         if not isinstance(x, Tensor):
             raise SignalTypeError(f"{rule.name}: signal {n!r} is a {type(x).__name__}, expected a torch.Tensor")
+        if x.layout != torch.strided:
+            raise SignalTypeError(f"{rule.name}: signal {n!r} is of layout {x.layout}, expected a dense tensor; pass {n}.to_dense()")
         if not x.is_floating_point():
             raise SignalTypeError(f"{rule.name}: signal {n!r} has dtype {x.dtype}, expected a real floating-point dtype; pass {n}.float()")
 
@@ -109,7 +118,7 @@ def _ranks(rule: Rule, expected: dict[str, Signal], given: dict[str, Tensor], ti
     for n, x in given.items():
         if x.ndim - 3 not in [len(shape) for shape in expected[n].shapes(1, 1)]:
             letters = expected[n].letters() if time else expected[n].letters().replace("T, ", "")
-            shape = tuple(x.shape if time else x.squeeze(1).shape)
+            shape = tuple(x.shape if time or x.ndim < 2 else x.squeeze(1).shape)
             raise SignalError(f"{rule.name}: signal {n!r} ({expected[n].role}) has shape {shape}, expected {letters}")
 
 
@@ -151,6 +160,8 @@ def _heads(rule: Rule, given: dict[str, Tensor], state: Any) -> int:
         counts["state"] = w.shape[1]
     H = max(counts.values())
     for n, h in counts.items():
+        if H == 0:
+            raise SignalError(f"{rule.name}: signal {n!r} has no heads; signals are (B, T, H, ...)")
         if h == 0 or H % h:
             most = max(counts, key=lambda name: counts[name])
             raise SignalError(f"{rule.name}: signal {n!r} has {h} heads, which does not divide the {H} heads of {most!r}")

@@ -31,7 +31,7 @@ def widens(program: Program, dtype: torch.dtype, block: int) -> bool:
 def run(program: Program, given: Inputs, form: Form, block: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The outputs (B, T, H, ...) and the final states; ``block`` is how many micro-steps the form takes at once."""
     if not given.T:
-        return torch.zeros(given.B, 0, given.H, given.V, dtype=given.dtype, device=given.device), given.states
+        return given.empty(), given.states
     heads = _head_axes([x.shape[2] for x in given.signals.values()] + [given.H])
     lead = 2 + len(heads)
     values = {program.leaves[n]: _spread(x.to(given.dtype), heads) for n, x in given.signals.items()}
@@ -42,18 +42,21 @@ def run(program: Program, given: Inputs, form: Form, block: int) -> tuple[Tensor
     values = evaluate(program.expressions(), values, lead)
     micro = _micro(program, values, given, lead)
     weights = starts[first].mT if program.transposed else starts[first]
-    micro, weights, bad = _contained(micro, weights)
+    micro, weights, spoilt, unread = _contained(micro, weights)
     if widens(program, given.dtype, block):
         reads, weights = form(micro.map(lambda t, _: t.double()), weights.double())
         reads, weights = [r.to(given.dtype) for r in reads], weights.to(given.dtype)
     else:
         reads, weights = form(micro, weights)
-    if bad is not None:
-        reads = [torch.where(bad, torch.nan, r) for r in reads]
-        weights = torch.where(bad[..., -1:, :], torch.nan, weights)
+    if spoilt is not None:
+        parts = zip(reads, unread, program.reads, strict=True)
+        reads = [torch.where((spoilt.any(-1, keepdim=True) if at.backward else spoilt) | no, torch.nan, r) for r, no, at in parts]
+        weights = torch.where(spoilt[..., -1, :].unsqueeze(-1), torch.nan, weights)
     for leaf, read in zip(program.read_leaves, reads, strict=True):
         values[leaf] = read[..., program.n - 1 :: program.n, :].movedim(-2, 1)
-    y = evaluate([program.output], values, lead)[program.output]
+    y = evaluate([program.output], values, lead)[program.output].to(given.dtype)
+    if y.ndim == program.output.meta.ndim:  # the same for all tokens
+        y = y.reshape((1,) * lead + y.shape)
     y = y.expand(given.B, given.T, *heads, *y.shape[lead:]).flatten(2, lead - 1)
     finals[first] = weights.mT if program.transposed else weights
     return y, tuple(finals[n].expand(starts[n].shape).flatten(1, lead - 2) for n in (first, *others))
@@ -89,15 +92,21 @@ def _carried(step: Carry, program: Program, values: dict[Expr, Tensor], start: T
     linear = step.kind == "linear"
     parts = [known[e] if e is not None else torch.zeros(()) for e in (step.decay, step.input)]
     scalar = program.leaves[step.name].meta.ndim == 0
-    shape = (given.B, given.T, *start.shape[1 : lead - 1])
+    begin = start.unsqueeze(-1) if scalar else start
+    shape = (given.B, given.T, *start.shape[1 : lead - 1], begin.shape[-1])
     a, b = (_over_time(p.to(given.device, given.dtype), lead, shape, scalar) for p in parts)
+    bad = a.isnan() | b.isnan() | a.isposinf() | b.isposinf()
+    if linear:
+        bad = bad | ~a.isfinite() | ~b.isfinite()
+    a, b = torch.where(bad, 0.0, a), torch.where(bad, 0.0, b)
     at = None if given.reset is None else given.reset.reshape(given.B, *(1,) * (lead - 2), given.T, 1)
     if at is not None:
         zero = torch.zeros((), dtype=a.dtype, device=a.device)
         b = b if linear else torch.where(at, torch.maximum(a, b), b)
         a = torch.where(at, zero if linear else zero - torch.inf, a)
-    begin = start.unsqueeze(-1) if scalar else start
-    after = (carry.linear if linear else carry.maximum)(a, b, begin)
+    spoilt = spoilt_since(bad, ~begin.isfinite(), at)
+    begin = only(begin.isfinite(), begin)
+    after = torch.where(spoilt, torch.nan, (carry.linear if linear else carry.maximum)(a, b, begin))
     before = torch.cat([begin.expand(after[..., 0, :].shape).unsqueeze(-2), after[..., :-1, :]], -2)
     if at is not None:
         before = only(~at, before)
@@ -108,13 +117,13 @@ def _carried(step: Carry, program: Program, values: dict[Expr, Tensor], start: T
 
 
 def _over_time(x: Tensor, lead: int, shape: tuple[int, ...], scalar: bool) -> Tensor:
-    """(B, T, *heads[, D]) or a constant as (B, *heads, T, D), expanded over all but D."""
+    """(B, T, *heads[, D]) or a constant as (B, *heads, T, D)."""
     if x.ndim < lead:
         x = x.reshape((1,) * lead + x.shape)
     elif scalar is False and x.ndim == lead:
         x = x.unsqueeze(-1)
     x = x if x.ndim > lead else x.unsqueeze(-1)
-    return x.expand(*shape, x.shape[-1]).movedim(1, -2)
+    return x.expand(shape).movedim(1, -2)
 
 
 def _micro(program: Program, values: dict[Expr, Tensor], given: Inputs, lead: int) -> Micro:
@@ -127,7 +136,7 @@ def _micro(program: Program, values: dict[Expr, Tensor], given: Inputs, lead: in
             return None
         parts = [torch.full((), nothing, dtype=given.dtype, device=given.device) if e is None else values[e] for e in exprs]
         widths = [e.meta.shape[-1] if e is not None and e.meta.ndim else 1 for e in exprs]
-        full = [_with_time(p, e, lead, given.T) for p, e in zip(parts, exprs, strict=True)]
+        full = [_with_time(p.to(given.dtype), e, lead, given.T) for p, e in zip(parts, exprs, strict=True)]
         shape = torch.broadcast_shapes(*(p.shape[:lead] for p in full))
         full = [p.expand(*shape, max(widths)) for p in full]
         joined = full[0] if len(full) == 1 else torch.stack(full, 2).flatten(1, 2)
@@ -144,7 +153,7 @@ def _micro(program: Program, values: dict[Expr, Tensor], given: Inputs, lead: in
         reset = at if program.n == 1 else _at_micro_step(at, 0, program.n)
     readers = []
     for read in program.reads:
-        q = _with_time(values[read.q], read.q, lead, given.T).movedim(1, -2)
+        q = _with_time(values[read.q].to(given.dtype), read.q, lead, given.T).movedim(1, -2)
         readers.append(q if program.n == 1 else _at_micro_step(q, program.n - 1, program.n))
     back = tuple(program.n - read.version for read in program.reads)
     backward = tuple(read.backward for read in program.reads)
@@ -166,34 +175,38 @@ def _at_micro_step(x: Tensor, which: int, n: int) -> Tensor:
     return torch.stack([x if i == which else zeros for i in range(n)], -2).flatten(-3, -2)
 
 
-def _contained(micro: Micro, weights: Tensor) -> tuple[Micro, Tensor, Tensor | None]:
+def _contained(micro: Micro, weights: Tensor) -> tuple[Micro, Tensor, Tensor | None, list[Tensor]]:
     """Keep what is not finite to its own batch row, head and later tokens.
 
-    A matrix product over a block would spread it to earlier tokens. So it is taken out here, and the third result says
-    where the outputs must be NaN.
+    A matrix product over a block would spread it to earlier tokens. So it is taken out here; the third result (..., S, V) says
+    which rows of W are not finite after which micro-step, the fourth where readers themselves were not.
     """
-    bad: Tensor | None = None
+    keys = [t for t in (micro.x, micro.y, micro.w, micro.decay.factor) if t is not None]
+    bad = torch.zeros((), dtype=torch.bool, device=weights.device)
+    for t in keys:
+        bad = bad | ~t.isfinite().all(-1, keepdim=True)
+    if micro.decay.log is not None:  # a log of -inf is a decay of zero
+        bad = bad | (micro.decay.log.isnan() | micro.decay.log.isposinf()).any(-1, keepdim=True)
+    if micro.u is not None:
+        bad = bad | ~micro.u.isfinite()
+    unread = [~q.isfinite().all(-1, keepdim=True) for q in micro.readers]
+    start = ~weights.isfinite().all(-1)
+    if may_look() and not any(bool(flag.any()) for flag in (bad, start, *unread)):
+        return micro, weights, None, unread
+    shape = torch.broadcast_shapes(bad.shape, start.unsqueeze(-2).shape, (micro.steps, 1))
+    bad = bad.expand(shape)
+    everywhere = bad.any(-1, keepdim=True)
+    clean = replace(micro, readers=tuple(torch.where(no, 0.0, q) for q, no in zip(micro.readers, unread, strict=True)))
+    clean = replace(clean.map(lambda t, nothing: torch.where(everywhere, nothing, t)), reset=micro.reset, readers=clean.readers)
+    return clean, only(~start.unsqueeze(-1), weights), spoilt_since(bad, start, micro.reset), unread
 
-    def note(t: Tensor, _: float) -> Tensor:
-        nonlocal bad
-        wrong = ~t.isfinite().all(-1, keepdim=True)
-        bad = wrong if bad is None else bad | wrong
-        return t
 
-    replace(micro, decay=Decay(None, micro.decay.factor)).map(note)
-    if micro.decay.log is not None:
-        wrong = (micro.decay.log.isnan() | micro.decay.log.isposinf()).any(-1, keepdim=True)
-        bad = wrong if bad is None else bad | wrong
-    assert bad is not None
-    start = ~weights.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    if may_look() and not bool(bad.any()) and not bool(start.any()):
-        return micro, weights, None
-    rows = torch.broadcast_shapes(start.shape[:-2], bad.shape[:-2])
-    count = torch.cat([start.expand(*rows, 1, 1), bad.expand(*rows, *bad.shape[-2:])], -2).cumsum(-2)
+def spoilt_since(bad: Tensor, start: Tensor, reset: Tensor | None) -> Tensor:
+    """Where something bad happened at a step (..., S, D) or earlier, or at the start (..., D), with no reset in between."""
+    shape = torch.broadcast_shapes(bad.shape[:-2], start.shape[:-1])
+    before = start.unsqueeze(-2).expand(*shape, 1, bad.shape[-1])
+    count = torch.cat([before, bad.expand(*shape, *bad.shape[-2:])], -2).cumsum(-2)
     since = torch.zeros_like(count[..., 1:, :])
-    if micro.reset is not None:
-        since = torch.where(micro.reset != 0, count[..., :-1, :], since).cummax(-2).values
-    spoilt = count[..., 1:, :] > since
-    wrong = bad
-    clean = micro.map(lambda t, nothing: torch.where(wrong, nothing, t))
-    return replace(clean, reset=micro.reset), only(~start, weights), spoilt
+    if reset is not None:
+        since = torch.where(reset != 0, count[..., :-1, :], since).cummax(-2).values
+    return count[..., 1:, :] > since

@@ -30,7 +30,7 @@ def recurrent(given: Inputs, each: Callable[[tuple[Tensor, ...]], None] | None =
         if each is not None:
             each(states)
     if not outputs:
-        return torch.zeros(given.B, 0, given.H, given.V, dtype=given.dtype, device=given.device), states
+        return given.empty(), states
     return torch.stack(outputs, 1), states
 
 

@@ -15,7 +15,7 @@ from ..language.rule import FORMS, Rule
 from ..language.trace import Trace
 from . import lowered
 from .chunk import chunked
-from .inputs import Inputs, check, one_of, require_rule, whole_number
+from .inputs import Inputs, check, may_look, one_of, require_rule, whole_number
 from .parallel import parallel
 from .recurrent import recurrent
 
@@ -208,9 +208,20 @@ def attention_matrix(rule: Rule, *, reset: Tensor | None = None, **signals: Tens
     _refuse_if_no_matrix(rule)
     given = check(rule, signals, reset=reset, optional=("v",))
     values = torch.eye(given.T, dtype=given.out, device=given.device)[None, :, None, :].expand(given.B, given.T, given.H, given.T)
-    given = check(rule, {**signals, "v": values}, reset=reset)
-    y = _run(given, _plan(given, "parallel", "auto", None)).y
-    return y.permute(0, 2, 1, 3)
+    y = _in_parallel(rule, {**signals, "v": values}, reset)
+    A = y.permute(0, 2, 1, 3)
+    shape = (given.B, given.T, given.H, 4)
+    some = torch.linspace(-1, 2, math.prod(shape), dtype=given.out, device=given.device).sin().reshape(shape)
+    seen = _in_parallel(rule, {**signals, "v": some}, reset)
+    off = (torch.einsum("bhts,bshv->bthv", A, some) - seen).norm()
+    if may_look() and bool(off > 100 * torch.finfo(A.dtype).eps * (seen.norm() + 1)):
+        raise FormError(f"rule {rule.name!r} has no attention matrix: what it reads is not linear in v; use fw.unroll to look at W")
+    return A
+
+
+def _in_parallel(rule: Rule, signals: dict[str, Tensor], reset: Tensor | None) -> Tensor:
+    given = check(rule, signals, reset=reset)
+    return _run(given, _plan(given, "parallel", "auto", None)).y
 
 
 def _refuse_if_no_matrix(rule: Rule) -> None:

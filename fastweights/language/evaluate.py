@@ -6,6 +6,7 @@ with fewer heads is never repeated. Pointwise functions broadcast as they are; a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,52 +17,12 @@ from torch.utils import _pytree as pytree
 from .expr import Expr
 
 _POINTWISE = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "neg",
-        "pow",
-        "abs",
-        "mod",
-        "exp",
-        "exp2",
-        "expm1",
-        "log",
-        "log2",
-        "log1p",
-        "sigmoid",
-        "logsigmoid",
-        "log_sigmoid",
-        "tanh",
-        "relu",
-        "silu",
-        "gelu",
-        "elu",
-        "softplus",
-        "sqrt",
-        "rsqrt",
-        "square",
-        "reciprocal",
-        "sin",
-        "cos",
-        "maximum",
-        "minimum",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "where",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "erf",
-        "sign",
-        "floor",
-        "zeros_like",
-        "ones_like",
-    ]
+    re.split(
+        r"\s+",
+        "add sub mul div neg pow abs mod exp exp2 expm1 log log2 log1p sigmoid logsigmoid log_sigmoid tanh relu silu gelu elu "
+        "softplus sqrt rsqrt square reciprocal sin cos maximum minimum clamp clamp_min clamp_max where lt le gt ge eq ne "
+        "and or xor invert erf sign floor detach",
+    )
 )
 
 
@@ -100,7 +61,7 @@ def _in_order(wanted: Iterable[Expr], done: dict[Expr, Tensor]) -> list[Expr]:
 def _apply(node: Expr, args: Any, kwargs: Any, lead: int) -> Any:
     if node.op == "constant":
         return args[0]
-    if node.op in _POINTWISE:
+    if node.op in _POINTWISE and not any(isinstance(a, Expr) for a in pytree.tree_leaves(node.kwargs)):
         return node.fn(*_aligned(node, args, lead), **kwargs)
     if node.op == "matmul":
         return _matmul(node, *args)

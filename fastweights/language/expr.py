@@ -22,15 +22,19 @@ from .errors import RuleError
 _SAME = {
     "multiply": "mul", "truediv": "div", "true_divide": "div", "divide": "div", "subtract": "sub", "negative": "neg",
     "mv": "matmul", "mm": "matmul", "dot": "matmul", "vdot": "matmul", "ger": "outer", "absolute": "abs",
-    "adjoint": "mT", "__getitem__": "getitem", "t": "mT",
+    "and_": "and", "or_": "or", "adjoint": "mT", "__getitem__": "getitem", "t": "mT",
 }  # fmt: skip
-_HERE = str(Path(__file__).parent)
+_KEYWORDS = ("input", "self", "other", "vec", "vec2", "mat2", "exponent", "tensor")  # of functions of one or two tensors
+_SAME_VALUE = ("clone", "contiguous")
+_RANDOM = ("dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal", "rrelu")
+_PACKAGE = str(Path(__file__).parents[1])
+_RULES = str(Path(__file__).parents[1] / "rules")
 _TORCH = str(Path(torch.__file__).parent)
 
 
 def is_outside(file: str) -> bool:
-    """Whether a file is neither of this package's language nor of torch: then it holds rules, or calls them."""
-    return not file.startswith((_HERE, _TORCH))
+    """Whether a file holds rules, or calls them: it is not torch's, and not the package's but for the catalogue."""
+    return not file.startswith(_TORCH) and (file.startswith(_RULES) or not file.startswith(_PACKAGE))
 
 
 class DataDependent(Exception):
@@ -70,31 +74,59 @@ class Tape:
         self.blame: Where | None = None  # the line that new nodes belong to, where it is not the caller's
 
     def leaf(self, name: str, shape: tuple[int, ...], op: str = "signal") -> Expr:
-        return self._node(op, None, (name,), {}, torch.empty(shape, device="meta"))
+        return self._node(op, None, (name,), {}, torch.empty(shape, device="meta", dtype=torch.float64))
 
-    def constant(self, value: float | Tensor) -> Expr:
+    def constant(self, value: Any) -> Expr:
         """A number or a tensor that no signal changes; equal numbers are one node."""
-        if isinstance(value, (int, float)):
+        if not isinstance(value, Tensor):
             value = self._numbers.setdefault(float(value), torch.tensor(float(value), dtype=torch.float64))
-        return self._node("constant", None, (value,), {}, value.to("meta"))
+        return self._node("constant", None, (value,), {}, _to_meta(value))
 
     def record(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """The value of ``fn`` on symbols: a node, a tuple of nodes, or a plain value such as a shape."""
         name = getattr(fn, "__name__", str(fn))
-        name = _SAME.get(name.removesuffix("_backward"), name)
+        name = _SAME.get(name, name)
         if name.endswith("_") and not name.endswith("__"):
             raise in_place(name)
-        if name == "mT" and args[0].op == "mT":
-            return args[0].args[0]
-        meta_args, meta_kwargs = pytree.tree_map(_to_meta, (args, kwargs))
-        meta = fn(*meta_args, **meta_kwargs)
+        if name in _RANDOM:
+            raise RuleError(
+                f"{Where.caller()}\n  a rule is a function of its arguments, but {name} draws at random: pass the noise as a signal"
+            )
+        if kwargs and set(kwargs) <= {*_KEYWORDS, "alpha"}:
+            args = (*args, *(kwargs[n] for n in _KEYWORDS if n in kwargs))
+            if "alpha" in kwargs:
+                args = (args[0], args[1] * kwargs["alpha"])
+            kwargs = {}
+        if name in _SAME_VALUE or (name == "mT" and args[0].op == "mT"):
+            return args[0] if name in _SAME_VALUE else args[0].args[0]
+        if name in ("max", "min") and len(args) == 2 and isinstance(args[1], (Expr, Tensor)):
+            return self.record(getattr(torch, f"{name}imum"), *args)
+        meta = self._meta(fn, name, args, kwargs)
         if name in ("zeros_like", "ones_like", "new_zeros", "new_ones"):
-            return torch.full(meta.shape, float("ones" in name))
+            return torch.full(meta.shape, float("ones" in name), dtype=torch.float64)
         if isinstance(meta, Tensor):
-            return self._node(name, fn, args, kwargs, meta)
+            return self._stopped(self._node(name, fn, args, kwargs, meta))
         if isinstance(meta, (tuple, list)) and meta and all(isinstance(m, Tensor) for m in meta):
             whole = self._node(name, fn, args, kwargs, meta[0])
-            return tuple(self._node("item", operator.itemgetter(i), (whole, i), {}, m) for i, m in enumerate(meta))
+            items = [self._stopped(self._node("item", operator.itemgetter(i), (whole, i), {}, m)) for i, m in enumerate(meta)]
+            return tuple(items) if type(meta) in (tuple, list) else type(meta)(items)
         return meta
+
+    def _meta(self, fn: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """What ``fn`` does to shapes."""
+        meta_args, meta_kwargs = pytree.tree_map(_to_meta, (args, kwargs))
+        try:
+            return fn(*meta_args, **meta_kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" in str(error).lower() or "data-dependent" in str(error).lower():
+                raise DataDependent(name, Where.caller()) from error
+            raise
+
+    def _stopped(self, node: Expr) -> Expr:
+        """The node, or what torch.no_grad() in a body makes of it."""
+        if torch.is_grad_enabled() or node.op == "detach":
+            return node
+        return self._node("detach", torch.Tensor.detach, (node,), {}, node.meta)
 
     def _node(self, op: str, fn: Any, args: tuple, kwargs: dict, meta: Tensor) -> Expr:
         key = (op, _key(args), _key(kwargs))
@@ -115,7 +147,9 @@ def in_place(what: str) -> RuleError:
 def _to_meta(x: Any) -> Any:
     if isinstance(x, Expr):
         return x.meta
-    return x.to("meta") if isinstance(x, Tensor) else x
+    if isinstance(x, Tensor):
+        return x.to("meta", torch.float64 if x.is_floating_point() else None)
+    return x
 
 
 def _key(x: Any) -> Any:
@@ -178,14 +212,18 @@ class Expr:
             raise AttributeError(name)
         if name in ("item", "tolist", "numpy"):
             raise DataDependent(f".{name}()", Where.caller())
+        if name in ("mT", "T", "H", "mH"):
+            return self.tape.record(_transpose, self)
+        if name in ("data", "real"):
+            return self.detach() if name == "data" else self
+        if name in ("shape", "ndim", "dtype", "itemsize"):
+            return getattr(self.meta, name)
         if name == "device":
             return torch.device("cpu")
         attribute = getattr(torch.Tensor, name)  # an AttributeError here is torch's own
-        if callable(attribute):
-            return lambda *args, **kwargs: self.tape.record(attribute, self, *args, **kwargs)
-        if name in ("mT", "T"):
-            return self.tape.record(_transpose, self)
-        return getattr(self.meta, name)
+        if not callable(attribute):
+            raise AttributeError(f"the body of a rule cannot ask for .{name} of a tensor")
+        return lambda *args, **kwargs: self.tape.record(attribute, self, *args, **kwargs)
 
     def __getitem__(self, index: Any) -> Expr:
         return self.tape.record(operator.getitem, self, index)
@@ -197,7 +235,12 @@ class Expr:
     __matmul__, __rmatmul__, __imatmul__ = _forward(operator.matmul), _reflected(operator.matmul), _refuses("@=")
     __pow__, __rpow__, __ipow__ = _forward(operator.pow), _reflected(operator.pow), _refuses("**=")
     __mod__, __rmod__, __setitem__ = _forward(operator.mod), _reflected(operator.mod), _refuses("x[...] = ...")
-    __neg__, __abs__ = _forward(operator.neg), _forward(operator.abs)
+    __floordiv__, __rfloordiv__ = _forward(operator.floordiv), _reflected(operator.floordiv)
+    __and__, __or__, __xor__ = (_forward(fn) for fn in (operator.and_, operator.or_, operator.xor))
+    __neg__, __abs__, __invert__ = (_forward(fn) for fn in (operator.neg, operator.abs, operator.invert))
+    __pos__ = _forward(torch.clone)
+    __eq__, __ne__ = _forward(operator.eq), _forward(operator.ne)  # type: ignore[assignment]
+    __array_ufunc__ = None  # numpy numbers leave arithmetic to the symbol
     __lt__, __le__, __gt__, __ge__ = (_forward(fn) for fn in (operator.lt, operator.le, operator.gt, operator.ge))
     __bool__, __float__, __int__, __index__ = _asks("if"), _asks("float()"), _asks("int()"), _asks("an index")
 

@@ -225,9 +225,10 @@ class Lowering:
         subject = "W" if isinstance(self.known[what], Mat) else "a read of W"
         if how is None:
             raise NotAffine(f"{node.op} of {subject} is not affine in W", node.where)
-        out = None if set(node.kwargs) - {"alpha"} else how(node, *args, **node.kwargs)
+        out = None if node.kwargs else how(node, *args)
         if out is None:
-            raise NotAffine(f"{node.op} of {subject} with {_other(node, self.known)} is not affine in W", node.where)
+            other = _other(node, self.known)
+            raise NotAffine(f"{node.op} of {subject} with {other} has no normal form (diagonal plus outer products)", node.where)
         return out
 
     def matrix(self, node: Any) -> Mat | None:
@@ -235,6 +236,8 @@ class Lowering:
         value = self.value(node) if isinstance(node, Expr) else node
         if isinstance(value, Mat) or value is None:
             return value
+        if isinstance(value, (int, float)):
+            return Mat(None) if value == 0 else None
         if isinstance(value, Tensor):
             return _constant_matrix(value, self.weights)
         return self._structure(value) if isinstance(value, Expr) else None
@@ -247,19 +250,22 @@ class Lowering:
                "outer": self._outer, "mT": self._mT, "matmul": self._matmul}.get(node.op)  # fmt: skip
         if node.op == "diag":
             return Mat(None, diag=node.args[0])
-        return how(node, *node.args) if how else None
+        if node.op == "constant":
+            return _constant_matrix(node.args[0], node)
+        return how(node, *node.args) if how and not node.kwargs else None
 
     # ---- one method an operation; None means that it has no such form ------------------------------------------------
 
     def _neg(self, node: Expr, a: Any) -> Any:
         return self._scaled(node, a, constant(node, -1.0))
 
-    def _add(self, node: Expr, a: Any, b: Any, alpha: float = 1.0) -> Any:
-        if alpha != 1.0:
-            b = self._scaled(node, as_value(node, b), constant(node, alpha))
+    def _add(self, node: Expr, a: Any, b: Any) -> Any:
         if node.meta.ndim == 1:
             a, b = (self._broadcast(x, node) for x in (a, b))
             return Lin(plus(a.const, b.const), a.reads + b.reads) if a.axis is b.axis is None else None
+        left, right = _as_line(a), _as_line(b)
+        if (isinstance(a, Lin) or isinstance(b, Lin)) and left is not None and right is not None:
+            return Lin(plus(left.const, right.const), left.reads + right.reads, left.axis) if left.axis == right.axis else None
         a, b = self.matrix(a), self.matrix(b)
         if a is None or b is None or (a.chain is not None and b.chain is not None and a.flip != b.flip):
             return None
@@ -291,8 +297,15 @@ class Lowering:
         # a micro-step of its own, which the terms are merged into: they read ``base``
         return self._committed(Mat((*base, MicroStep(factor=factor)), terms, plus(a.diag, b.diag), a.flip), node)
 
-    def _sub(self, node: Expr, a: Any, b: Any, alpha: float = 1.0) -> Any:
-        return self._add(node, a, self._scaled(node, as_value(node, b), constant(node, -alpha)))
+    def _sub(self, node: Expr, a: Any, b: Any) -> Any:
+        return self._add(node, a, self._scaled(node, as_value(node, b), constant(node, -1.0)))
+
+    def _addr(self, node: Expr, a: Any, left: Any, right: Any) -> Any:
+        return self._add(node, a, self._outer(node, left, right))
+
+    def _lerp(self, node: Expr, a: Any, b: Any, weight: Any) -> Any:
+        between = self._add(node, b, self._scaled(node, as_value(node, a), constant(node, -1.0)))
+        return None if between is None or isinstance(weight, (Lin, Mat)) else self._add(node, a, self._mul(node, weight, between))
 
     def _div(self, node: Expr, a: Any, b: Any) -> Any:
         return None if isinstance(b, (Lin, Mat)) else self._scaled(node, as_value(node, a), 1 / as_expr(node, b))
@@ -306,7 +319,7 @@ class Lowering:
             raise NotAffine("a product of two values that depend on W is not affine in W", node.where)
         if isinstance(b, (Lin, Mat)) or _rank(b) > _rank(a):
             a, b = b, a
-        return self._scaled(node, as_value(node, a), as_expr(node, b))
+        return None if isinstance(b, (Lin, Mat)) else self._scaled(node, as_value(node, a), as_expr(node, b))
 
     def _scaled(self, node: Expr, a: Any, c: Expr) -> Any:
         """``a * c`` for a constant scalar or vector c."""
@@ -354,6 +367,14 @@ class Lowering:
     def _unsqueeze(self, node: Expr, a: Any, axis: int) -> Any:
         return replace(_lin(a, node), axis=axis % 2) if isinstance(a, Lin) and a.axis is None else None
 
+    def _reshape(self, node: Expr, a: Any, *shape: Any) -> Any:
+        """A vector as a column or a row."""
+        new = tuple(node.meta.shape)
+        axis = 1 if new[1:] == (1,) else 0 if new[:1] == (1,) and len(new) == 2 else None
+        return None if axis is None else self._unsqueeze(node, a, axis)
+
+    _view = _reshape
+
     def _getitem(self, node: Expr, a: Any, index: Any) -> Any:
         axis = _new_axis(index)
         return None if axis is None or not isinstance(a, Lin) else self._unsqueeze(node, a, axis)
@@ -370,7 +391,10 @@ class Lowering:
         left, right = _as_line(a), _as_line(b)
         if left is not None and right is not None and (left.axis, right.axis) == (1, 0):
             return Mat(None, ((replace(left, axis=None), replace(right, axis=None)),))
-        return self._product(node, self.matrix(a), self.matrix(b))
+        product = self._product(node, self.matrix(a), self.matrix(b))
+        if product is None and isinstance(a, Mat) and right is not None and right.axis == 1:
+            return replace(self.read(node, a, right if right.reads else right.const), axis=1)
+        return product
 
     def _product(self, node: Expr, a: Mat | None, b: Mat | None) -> Mat | None:
         """W @ (diag + outer products), or the other way round."""
@@ -470,6 +494,8 @@ def _new_axis(index: Any) -> int | None:
     """The axis that ``[:, None]`` (1) or ``[None]`` (0) adds; None for any other index."""
     index = index if isinstance(index, tuple) else (index,)
     full = slice(None)
+    if any(isinstance(i, (Expr, Tensor)) for i in index):
+        return None
     if index == (full, None) or index == (Ellipsis, None):
         return 1
     return 0 if index in ((None,), (None, full), (None, Ellipsis)) else None
@@ -477,11 +503,17 @@ def _new_axis(index: Any) -> int | None:
 
 def _constant_matrix(value: Tensor, near: Expr) -> Mat | None:
     """A matrix of numbers, if it is diagonal (an identity, say)."""
-    if value.ndim != 2 or value.shape[0] != value.shape[1] or not torch.equal(value, value.diagonal().diag()):
+    if value.ndim != 2:
         return None
-    return Mat(None, diag=constant(near, value.diagonal().clone()))
+    if not bool(value.any()):
+        return Mat(None)
+    if value.shape[0] != value.shape[1] or not torch.equal(value, value.diagonal().diag()):
+        return None
+    return Mat(None, diag=constant(near, value.diagonal()))
 
 
 def _other(node: Expr, known: dict[Expr, Any]) -> str:
     others = [p for p in node.parents if isinstance(known[p], Expr)]
-    return repr(others[0]) if others else "another value of its kind"
+    if others:
+        return repr(others[0])
+    return "a number or a constant matrix of no structure" if len(node.parents) == 1 else "another value that depends on W"

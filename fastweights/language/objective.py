@@ -45,7 +45,7 @@ def gradient(loss: Callable[..., Any], W: Any, *args: Any, **kwargs: Any) -> Any
     for node in reversed(W.tape.nodes[: value.index + 1]):
         if node in grads and node is not W and node.parents:
             W.tape.blame = node.where
-            for parent, g in _pull(node, grads[node]):
+            for parent, g in _opaque(node, grads[node]) if node.kwargs else _pull(node, grads[node]):
                 if isinstance(parent, Expr):
                     grads[parent] = g if parent not in grads else grads[parent] + g
     W.tape.blame = None
@@ -58,22 +58,22 @@ def _pull(node: Expr, g: Any) -> list[tuple[Any, Any]]:
     b: Any = node.args[1] if len(node.args) > 1 else None
     match node.op:
         case "add":
-            return [(a, _sum_to(a, g)), (b, _sum_to(b, g))]
+            return [(a, _sum_to(a, g, node)), (b, _sum_to(b, g, node))]
         case "sub":
-            return [(a, _sum_to(a, g)), (b, _sum_to(b, -g))]
+            return [(a, _sum_to(a, g, node)), (b, _sum_to(b, -g, node))]
         case "neg":
             return [(a, -g)]
         case "mul":
-            return [(a, _sum_to(a, g * b)), (b, _sum_to(b, g * a))]
+            return [(a, _sum_to(a, g * b, node)), (b, _sum_to(b, g * a, node))]
         case "div":
-            return [(a, _sum_to(a, g / b)), (b, _sum_to(b, -g * a / (b * b)))]
+            return [(a, _sum_to(a, g / b, node)), (b, _sum_to(b, -g * a / (b * b), node))]
         case "pow" if not isinstance(b, Expr):
             return [(a, g * b * (a if b == 2 else a ** (b - 1)))]
         case "square":
             return [(a, g * 2 * a)]
-        case "sum" if b is None and not node.kwargs:
+        case "sum" if node.meta.ndim == 0:
             return [(a, g)]
-        case "mean" if b is None and not node.kwargs:
+        case "mean" if node.meta.ndim == 0:
             return [(a, g / a.meta.numel())]
         case "mT":
             return [(a, _full(g, node).mT)]
@@ -121,17 +121,19 @@ def _pull_matmul(a: Any, b: Any, g: Any) -> list[tuple[Any, Any]]:
 
 
 def _full(g: Any, node: Expr) -> Any:
-    rank = g.meta.ndim if isinstance(g, Expr) else torch.as_tensor(g).ndim
-    return g * torch.ones(node.meta.shape) if rank < node.meta.ndim else g
+    """A gradient of the shape of its node: a number stands for a constant."""
+    shape = g.meta.shape if isinstance(g, Expr) else torch.as_tensor(g).shape
+    return g if shape == node.meta.shape else g * torch.ones(node.meta.shape, dtype=torch.float64)
 
 
-def _sum_to(x: Any, g: Any) -> Any:
+def _sum_to(x: Any, g: Any, node: Expr) -> Any:
     """Undo broadcasting: the gradient of a number is the sum of the gradients of its copies."""
-    if not isinstance(x, Expr) or not isinstance(g, Expr) or x.meta.shape == g.meta.shape or g.meta.ndim < x.meta.ndim:
+    if not isinstance(x, Expr) or x.meta.shape == node.meta.shape:
         return g
+    g = _full(g, node)
     if x.meta.ndim == 0:
         return g.sum()
-    axes = [i for i in range(-g.meta.ndim, 0) if -i > x.meta.ndim or x.meta.shape[i] != g.meta.shape[i]]
+    axes = [i for i in range(-node.meta.ndim, 0) if -i > x.meta.ndim or x.meta.shape[i] != node.meta.shape[i]]
     return g.sum(axes, keepdim=True).reshape(x.meta.shape)
 
 

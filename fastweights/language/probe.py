@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .rule import Rule
 
 _SCALES = (0.3, 1.0, 30.0)
+OVERFLOW = "overflow"
 
 
 def _numbers(seed: int) -> Iterator[float]:
@@ -26,10 +27,10 @@ def _numbers(seed: int) -> Iterator[float]:
         yield (seed >> 11) / 2**52 - 1
 
 
-def probe(rule: Rule, dk: int = 4, dv: int = 3) -> list[float | None]:
-    """Weighted sums of what the rule returns at fixed points, None where it accepts no such signals."""
-    values: list[float | None] = []
-    for which in (0, -1):
+def probe(rule: Rule) -> list[float | str | None]:
+    """Weighted sums of what the rule returns at fixed points: None where it accepts no such signals, ``OVERFLOW`` where not finite."""
+    values: list[float | str | None] = []
+    for which, dk, dv in ((0, 4, 3), (-1, 4, 3), (0, 6, 5)):
         for seed, scale in enumerate(_SCALES):
             out = _at(rule, which, seed, scale, dk, dv)
             values += [None] * 2 if out is None else _sums(out, seed)
@@ -57,13 +58,17 @@ def _at(rule: Rule, which: int, seed: int, scale: float, dk: int, dv: int) -> li
 def _in_range(role: str, x: Tensor, scale: float) -> Tensor:
     if role in ("LogDecay", "ValueLogDecay"):
         return -(x + 1.1) * min(scale, 2.0)
+    if role.startswith("Positive"):
+        return (x + 1.1) * scale
     return (x + 1) / 2 if role == "Rate" or role.endswith("Gate") else x * scale
 
 
-def _sums(tensors: list[Tensor], seed: int) -> list[float]:
+def _sums(tensors: list[Tensor], seed: int) -> list[float | str]:
     """Two weighted sums, so that a difference in one place cannot hide."""
     flat = [x for t in tensors for x in t.flatten().tolist()]
-    out = []
+    if not all(map(math.isfinite, flat)):
+        return [OVERFLOW] * 2
+    out: list[float | str] = []
     for which in (7, 11):
         weights = _numbers(which + seed)
         out.append(math.fsum(x * (next(weights) + 1.5) for x in flat))
@@ -72,6 +77,6 @@ def _sums(tensors: list[Tensor], seed: int) -> list[float]:
 
 def matches(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Equal up to rounding."""
-    if len(a) != len(b) or any((x is None) != (y is None) for x, y in zip(a, b, strict=True)):
+    if len(a) != len(b) or any(type(x) is not type(y) for x, y in zip(a, b, strict=True)):
         return False
-    return all(x is None or math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9) or (x != x and y != y) for x, y in zip(a, b, strict=True))
+    return all(math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9) if isinstance(x, float) else x == y for x, y in zip(a, b, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import FormError, RuleError
 from .objective import Objective
-from .probe import matches, probe
+from .probe import OVERFLOW, matches, probe
 from .program import Program
 from .roles import ROLES, Role, Signal
 from .show import equations
@@ -22,6 +22,7 @@ from .trace import Trace, trace
 
 Token = Callable[[dict[str, Any], dict[str, Any]], tuple[tuple[Any, ...], Any]]
 FORMS = ("recurrent", "parallel", "chunk")
+_RESERVED = {"rule", "state", "reset", "form", "backend", "chunk_size"}
 
 
 class Named(NamedTuple):
@@ -66,6 +67,8 @@ class Rule:
         if "signals" not in self._facts:
             signals = dict(self.arguments.signals)
             if not self.reads_itself:
+                if ("q" in signals and not signals["q"].role.name.endswith("Query")) or "q" in self.states:
+                    raise RuleError(f"rule {self.name!r}: q is the query, y = W q; give the other one another name, or return (W, y)")
                 signals = {"q": Signal("q", ROLES["Query"]), **signals}
             self._facts["signals"] = types.MappingProxyType(signals)
         return self._facts["signals"]
@@ -128,13 +131,20 @@ class Rule:
     def trace_for(self, shapes: dict[str, tuple[int, ...]]) -> Trace:
         """The trace for given shapes of the states and signals of one token and one head."""
         key = tuple(sorted(shapes.items()))
-        if key not in self._traces:
-            self._traces[key] = trace(self, shapes)
-        return self._traces[key]
+        known = self._traces.get(key)
+        if known is None:
+            known = trace(self, shapes)
+            if known.lasting:
+                self._traces[key] = known
+        return known
 
-    def expect_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        if found != expected:
-            raise RuleError(f"rule {self.name!r} returns {name} of shape {found}, but {name} has shape {expected}")
+    def expect_tensor(self, name: str, found: Any, expected: tuple[int, ...]) -> None:
+        """A state that the body returned must be a tensor of the state's shape."""
+        shape = getattr(found, "shape", None)
+        if shape is None:
+            raise RuleError(f"rule {self.name!r} returns a {type(found).__name__} as {name}, expected a tensor of shape {expected}")
+        if tuple(shape) != expected:
+            raise RuleError(f"rule {self.name!r} returns {name} of shape {tuple(shape)}, but {name} has shape {expected}")
 
     @property
     def shapes(self) -> tuple[int, ...]:
@@ -147,22 +157,25 @@ class Rule:
             accepted, reads, errors = [], False, []
             several = any(len(s.role.spaces) > 1 for s in self.arguments.signals.values())
             for pick in (0, -1) if several else (0,):
-                try:
-                    reads = self.token(*self._constants(pick))[1] is not None
-                    accepted.append(pick)
-                except RuleError:
-                    raise
-                except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
-                    errors.append(error)
+                for dtype in (torch.float32, torch.float64):  # a body may hold a matrix of either
+                    try:
+                        reads = self.token(*self._constants(pick, dtype))[1] is not None
+                        accepted.append(pick)
+                        break
+                    except RuleError:
+                        raise
+                    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+                        errors.append(error)
             if not accepted:
                 text = f"the body of rule {self.name!r} fails on tensors of the shapes of its roles: {errors[0]}"
                 raise RuleError(text) from errors[0]
             self._facts["example"] = tuple(accepted), reads
         return self._facts["example"]
 
-    def _constants(self, pick: int) -> list[dict[str, Tensor]]:
+    def _constants(self, pick: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         return [
-            {n: torch.full(s.shapes(4, 3)[pick], -0.5 if s.role.log_decay else 0.5) for n, s in part.items()} for part in self.arguments
+            {n: torch.full(s.shapes(4, 3)[pick], -0.5 if s.role.log_decay else 0.5, dtype=dtype) for n, s in part.items()}
+            for part in self.arguments
         ]
 
     # ---- the algebra -------------------------------------------------------------------------------------------------
@@ -176,6 +189,14 @@ class Rule:
                 raise RuleError(f"{self.name} >> {other.name}: {name!r} is a {mine.role} in one and a {theirs.role} in the other")
         ours, w = dict(self.states), next(iter(self.states))
         rename = {next(iter(other.states)): w}
+        clash = {n for n in other.states if n in ours and n not in rename} & {w} | (
+            (ours.keys() | other.states.keys()) - {w} - set(rename)
+        ) & (self.arguments.signals.keys() | other.arguments.signals.keys())
+        clash |= {n for n, s in other.states.items() if n in ours and n not in rename and ours[n].role != s.role}
+        if clash:
+            raise RuleError(
+                f"{self.name} >> {other.name}: {', '.join(sorted(clash))} is one thing in one and another in the other; rename it"
+            )
         both = {**ours, **{n: s for n, s in other.states.items() if n not in rename}}
         both_signals = {**self.arguments.signals, **other.arguments.signals}
 
@@ -248,13 +269,23 @@ class Rule:
             described = {n: f"{s.role}" + (f" x {s.sets}" if s.sets else "") for part in self.arguments for n, s in part.items()}
             first = next(iter(self.states))
             described["W"] = described.pop(first)
-            self._facts["fingerprint"] = {"arguments": dict(sorted(described.items())), "values": probe(self)}
+            self._facts["fingerprint"] = {
+                "arguments": dict(sorted(described.items())),
+                "forms": list(self.forms),
+                "values": probe(self),
+                "equation": self.equation(),
+            }
         return self._facts["fingerprint"]
 
     def matches(self, fingerprint: Mapping[str, Any]) -> bool:
-        """Whether a stored fingerprint is that of this rule, up to rounding."""
+        """Whether a stored fingerprint is that of this rule, up to rounding.
+
+        Where the values overflow they tell nothing, and the equation as written must be the same.
+        """
         mine = self.fingerprint
-        return mine["arguments"] == fingerprint["arguments"] and matches(mine["values"], fingerprint["values"])
+        if any(mine[part] != fingerprint[part] for part in ("arguments", "forms")) or not matches(mine["values"], fingerprint["values"]):
+            return False
+        return OVERFLOW not in mine["values"] or mine["equation"] == fingerprint["equation"]
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Rule) and self.matches(other.fingerprint))
@@ -331,6 +362,8 @@ def rule(body: Callable[..., Any] | None = None, /, *, name: str = "", objective
 def rule_of(fn: Callable[..., Any], *, name: str = "", objective: Objective | None = None, cite: str = "") -> Rule:
     name = name or fn.__name__
     given = {n: Signal(n, role) for n, role in _roles(fn, name).items()}
+    if reserved := sorted(_RESERVED & given.keys()):
+        raise RuleError(f"rule {name!r}: {', '.join(reserved)} is an option of scan and cannot name a signal; choose another name")
     states = {n: s for n, s in given.items() if s.role.state}
     signals = {n: s for n, s in given.items() if not s.role.state}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .expr import Expr
 from .program import Program
@@ -111,7 +112,9 @@ class _Printer:
     def _call(self, node: Expr) -> tuple[str, int]:
         if node.op in _HIDDEN and node.args:
             return self.show(node.args[0])
-        inner = ", ".join(self.show(a)[0] for a in node.args if isinstance(a, (Expr, int, float)))
+        given = [a for a in pytree.tree_leaves(node.args) if isinstance(a, (Expr, int, float))]
+        named = [f"{n}={self.show(a)[0]}" for n, a in node.kwargs.items() if isinstance(a, (Expr, int, float))]
+        inner = ", ".join([*(self.show(a)[0] for a in given), *named])
         op = node.op.replace("maximum", "max").replace("minimum", "min")
         op = op.replace("_", "\\_") if self.style.latex else op
         return self.style.function.format(op, inner), _ATOM
@@ -148,16 +151,16 @@ class _Printer:
         return self.style.fraction.format(self.at(a, _PRODUCT), self.at(b, _ATOM)), _PRODUCT
 
     def _pow(self, a: Any, b: Any) -> tuple[str, int]:
-        return f"{self.at(a, _ATOM)}^{{{self.show(b)[0]}}}" if self.style.latex else f"{self.at(a, _ATOM)}^{self.at(b, _ATOM)}", _ATOM
+        return f"{self.at(a, _ATOM)}^{{{self.show(b)[0]}}}" if self.style.latex else f"{self.at(a, _ATOM)}^{self.at(b, _ATOM)}", _PRODUCT
 
     def _exp(self, a: Any) -> tuple[str, int]:
-        return self.style.exp.format(self.show(a)[0]), _ATOM
+        return self.style.exp.format(self.show(a)[0]), _PRODUCT if self.style.latex else _ATOM
 
     def _abs(self, a: Any) -> tuple[str, int]:
         return f"|{self.show(a)[0]}|", _ATOM
 
     def _mT(self, a: Any) -> tuple[str, int]:
-        return f"{self.at(a, _ATOM)}{self.style.transpose}", _ATOM
+        return f"{self.at(a, _ATOM)}{self.style.transpose}", _PRODUCT if self.style.latex else _ATOM
 
     def _matmul(self, a: Any, b: Any) -> tuple[str, int]:
         left = self.at(a, _PRODUCT if _rank(a) == 2 else _ATOM)
@@ -182,7 +185,7 @@ def _is_column(x: Any) -> bool:
 
 
 def _is_column_index(index: Any) -> bool:
-    return isinstance(index, tuple) and None in index
+    return isinstance(index, tuple) and any(i is None for i in index)
 
 
 def _index(index: Any) -> str:

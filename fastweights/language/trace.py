@@ -5,7 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .errors import RuleError
 from .expr import DataDependent, Expr, Tape, Where, is_outside
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
     from .rule import Rule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """What is known of a rule for given sizes.
 
@@ -31,9 +35,21 @@ class Trace:
     reason: str = ""
     where: Where | None = None
 
+    @property
+    def lasting(self) -> bool:
+        """Whether the trace holds no tensors but numbers: a tensor of the surroundings may change, or belong to a graph."""
+        tape = next(iter(self.leaves.values())).tape
+        held = (t for node in tape.nodes for t in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(t, Tensor))
+        return all(t.ndim == 0 and t.dtype == torch.float64 and not t.requires_grad for t in held)
+
 
 def trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
     """Trace ``rule`` for the shapes of W, its states and its signals for one token and one head."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        return _trace(rule, shapes)
+
+
+def _trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
     tape = Tape()
     leaves = {n: tape.leaf(n, s, "state" if n in rule.states else "signal") for n, s in shapes.items()}
     names = list(rule.states)
@@ -47,8 +63,10 @@ def trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
         sizes = ", ".join(f"{n} {tuple(s)}" for n, s in shapes.items())
         raise RuleError(f"rule {rule.name!r} fails for one token and one head with {sizes}\n  {_line_of(error)}\n  {error}") from error
     for name, new in zip(names, states, strict=True):
-        rule.expect_shape(name, tuple(new.shape), shapes[name])
-    states = tuple(new if isinstance(new, Expr) else constant(leaves[names[0]], new) for new in states)
+        rule.expect_tensor(name, new, shapes[name])
+    near = leaves[names[0]]
+    states = tuple(new if isinstance(new, Expr) else constant(near, new) for new in states)
+    output = output if output is None or isinstance(output, Expr) else constant(near, output)
     try:
         return Trace(leaves, states, output, _lower(rule, leaves, states, output, rows=False))
     except NotAffine as on_columns:
@@ -97,37 +115,42 @@ class _Reads:
         self.lowering, self.chain = lowering, chain
         self.reads: list[Read] = []
         self.leaves: list[Expr] = []
-        self.below = {lowering.weights}
+        # what depends on W, and what of that is still a matrix that no read has made a vector of
+        self.below, self.raw = {lowering.weights}, {lowering.weights}
         for node in lowering.weights.tape.nodes:
             if any(p in self.below for p in node.parents):
                 self.below.add(node)
+                if any(p in self.raw for p in node.parents) and not self._is_read(node):
+                    self.raw.add(node)
         self.done: dict[Expr, Expr] = {}
 
-    def rewrite(self, node: Expr) -> Expr:
-        if node not in self.below:
-            return node
-        if node not in self.done:
-            self.done[node] = self._rewrite(node)
-        return self.done[node]
+    def _is_read(self, node: Expr) -> bool:
+        raw = [p for p in node.parents if p in self.raw]
+        touched = [p for p in node.parents if p in self.below]
+        return node.op == "matmul" and len(raw) == len(touched) == 1 and raw[0].meta.ndim == 2 and node.meta.ndim == 1
+
+    def rewrite(self, arg: Any) -> Any:
+        """The same with reads in the place of W; also inside lists, as in torch.cat([W @ q, v])."""
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(self.rewrite(a) for a in arg)
+        if not isinstance(arg, Expr) or arg not in self.below:
+            return arg
+        if arg not in self.done:
+            self.done[arg] = self._rewrite(arg)
+        return self.done[arg]
 
     def _rewrite(self, node: Expr) -> Expr:
-        touched = [p for p in node.parents if p in self.below]
-        if node.op == "matmul" and len(touched) == 1 and touched[0].meta.ndim == 2 and node.meta.ndim == 1:
+        if self._is_read(node):
             return self._read(self.lowering.value(node), node)
-        if not touched or any(p.meta.ndim == 2 for p in touched):
+        if node in self.raw:
             raise NotAffine(f"the output uses W other than by W @ x or W.mT @ x (in {node.op})", node.where)
-        args = [self.rewrite(a) if isinstance(a, Expr) else self._inside(a) for a in node.args]
         if node.op == "item":
-            whole = node.args[0]
-            parts = whole.tape.record(whole.fn, *[self.rewrite(a) if isinstance(a, Expr) else a for a in whole.args], **whole.kwargs)
-            return parts[node.args[1]]
-        return node.tape.record(node.fn, *args, **node.kwargs)
+            return self._again(node.args[0])[node.args[1]]
+        return self._again(node)
 
-    def _inside(self, arg: object) -> object:
-        """The parts of a list, as in torch.cat([W @ q, v])."""
-        if isinstance(arg, (list, tuple)):
-            return type(arg)(self.rewrite(a) if isinstance(a, Expr) else a for a in arg)
-        return arg
+    def _again(self, node: Expr) -> Any:
+        kwargs = {n: self.rewrite(a) for n, a in node.kwargs.items()}
+        return node.tape.record(node.fn, *(self.rewrite(a) for a in node.args), **kwargs)
 
     def _read(self, lin: Lin, node: Expr) -> Expr:
         out = lin.const
@@ -152,7 +175,7 @@ class _Reads:
 
     def _leaf(self, read: Read, node: Expr) -> Expr:
         for known, leaf in zip(self.reads, self.leaves, strict=True):
-            if (known.q, known.version, known.backward) == (read.q, read.version, read.backward):
+            if known.q is read.q and (known.version, known.backward) == (read.version, read.backward):
                 return leaf
         leaf = node.tape.leaf(f"read {len(self.reads)}", tuple(node.meta.shape), "read")
         self.reads.append(read)
@@ -211,6 +234,8 @@ def _linear(node: Expr, leaf: Expr) -> tuple[Expr | None, Expr | None] | None:
         return constant(leaf, 1.0), None
     if leaf not in _leaves_of(node):
         return None, node
+    if node.kwargs or not all(isinstance(a, (Expr, Tensor, int, float)) for a in node.args):
+        return None
     parts = [_linear(a, leaf) if isinstance(a, Expr) else (None, constant(leaf, a)) for a in node.args]
     match node.op, parts:
         case "add", [(a, b), (c, d)]:

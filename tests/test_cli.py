@@ -46,7 +46,7 @@ def run(capfd, *words):
 def test_rules(capfd):
     code, out, _ = run(capfd, "rules")
     assert code == 0
-    for part in ("gated_delta", "exp(g) W", "decay scalar, erase tied", "1/2 |v"):
+    for part in ("gated_delta", "exp(g) W", "decay scalar or per channel", "1/2 |v"):
         assert part in out
 
 

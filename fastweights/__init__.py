@@ -3,6 +3,7 @@
 from . import rules
 from .engine.check import check
 from .engine.scan import Output, Plan, attention_matrix, plan, scan, step, unroll
+from .language.decorator import outer, rule
 from .language.errors import FastWeightError, FormError, RuleError, SignalError, SignalTypeError
 from .language.objective import Objective, descend
 from .language.roles import (
@@ -25,7 +26,7 @@ from .language.roles import (
     ValueState,
     ValueVector,
 )
-from .language.rule import Rule, outer, rule
+from .language.rule import Rule
 from .layers import FastWeightLayer, Programmer, SoftmaxAttention
 
 __all__ = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .expr import Expr
+from .expr import Expr, ordered
 
 _POINTWISE = frozenset(
     re.split(
@@ -32,7 +32,7 @@ def evaluate(wanted: Iterable[Expr], values: dict[Expr, Tensor], lead: int) -> d
     ``lead`` is the number of leading axes. A constant has none of them.
     """
     done = dict(values)
-    for node in _in_order(wanted, done):
+    for node in ordered(wanted, done):
         args, kwargs = pytree.tree_map(lambda a: _value(a, done), (node.args, node.kwargs))
         done[node] = _apply(node, args, kwargs, lead)
     return done
@@ -45,17 +45,6 @@ def _value(arg: Any, done: dict[Expr, Tensor]) -> Any:
         like = next(iter(done.values()))
         return arg.to(like.device, like.dtype if arg.is_floating_point() else None)
     return arg
-
-
-def _in_order(wanted: Iterable[Expr], done: dict[Expr, Tensor]) -> list[Expr]:
-    needed: set[Expr] = set()
-    stack = list(wanted)
-    while stack:
-        node = stack.pop()
-        if node not in needed and node not in done:
-            needed.add(node)
-            stack.extend(node.parents)
-    return sorted(needed, key=lambda node: node.index)
 
 
 def _apply(node: Expr, args: Any, kwargs: Any, lead: int) -> Any:

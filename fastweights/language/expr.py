@@ -9,7 +9,7 @@ from __future__ import annotations
 import linecache
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +263,14 @@ def _transpose(x: Tensor) -> Tensor:
 
 
 _transpose.__name__ = "mT"
+
+
+def ordered(wanted: Iterable[Expr], known: Container[Expr]) -> list[Expr]:
+    """The nodes that ``wanted`` needs and that are not ``known``, each after those that it is computed from."""
+    needed, stack = set[Expr](), list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in needed and node not in known:
+            needed.add(node)
+            stack.extend(node.parents)
+    return sorted(needed, key=lambda node: node.index)

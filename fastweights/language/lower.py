@@ -8,16 +8,15 @@ constant plus reads of W. Whatever cannot be expressed with these is not affine,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .expr import Expr, Where
+from .chain import Chain, Lin, Reading, decays, fold, plus, shared_version, times, writes
+from .expr import Expr, Where, ordered
 from .program import Decays, MicroStep
-
-Chain = tuple[MicroStep, ...]
 
 
 class NotAffine(Exception):
@@ -29,24 +28,6 @@ class NotAffine(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """``S q`` where S is the weights after ``chain``; ``backward``: ``S^T q``."""
-
-    chain: Chain
-    q: Expr
-    backward: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Lin:
-    """const + sum of readings. ``axis``: None for a vector, 0 for a row (1, n), 1 for a column (n, 1)."""
-
-    const: Expr | None
-    reads: tuple[Reading, ...] = ()
-    axis: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class Mat:
     """A matrix: S after ``chain`` (its transpose, if ``flip``; nothing, if None) + diag(``diag``) + sum of l r^T."""
 
@@ -54,121 +35,6 @@ class Mat:
     terms: tuple[tuple[Lin, Lin], ...] = ()
     diag: Expr | None = None
     flip: bool = False
-
-
-def plus(a: Expr | None, b: Expr | None) -> Expr | None:
-    return b if a is None else a if b is None else a + b
-
-
-@dataclass
-class Folded:
-    """The weights after some micro-steps as S (diag(decay) + sum x y^T) + sum u w^T of the weights S before them."""
-
-    decay: Decays = field(default_factory=Decays)
-    erase: list[tuple[Expr, Expr]] = field(default_factory=list)
-    write: list[tuple[Expr, Expr]] = field(default_factory=list)
-
-    def read(self, q: Expr) -> tuple[Expr, Expr | None]:
-        """``q', c`` such that reading now at q is S q' + c."""
-        key, const = self.decay.of(q), None
-        for x, y in self.erase:
-            key = key + x * (y @ q)
-        for u, w in self.write:
-            const = plus(const, u * (w @ q))
-        return key, const
-
-
-def times(c: Expr, x: Expr) -> Expr:
-    """c * x for a multiplier c."""
-    if c.op == "constant" and c.meta.ndim == 0 and abs(c.args[0].item()) == 1:
-        return x if c.args[0].item() == 1 else -x
-    return c * x
-
-
-def fold(chain: Chain, start: int) -> Folded:
-    """The micro-steps from ``start`` on, none of which looks behind it, as one map of the weights before them."""
-    states = [Folded()]
-    for i, step in enumerate(chain[start:]):
-        now, new = states[-1], Folded()
-        new.decay = now.decay * step.decay
-        new.erase = [(x, step.decay.of(y)) for x, y in now.erase]
-        new.write = [(u, step.decay.of(w)) for u, w in now.write]
-        if step.x is not None and step.y is not None:
-            key, const = states[i - step.lag].read(step.x)
-            new.erase.append((key, step.y))
-            new.write += [] if const is None else [(const, step.y)]
-        if step.u is not None and step.w is not None:
-            new.write.append((step.u, step.w))
-        states.append(new)
-    return states[-1]
-
-
-def common(a: Chain, b: Chain) -> int:
-    """How many first micro-steps two chains share."""
-    n = 0
-    while n < min(len(a), len(b)) and a[n] is b[n]:
-        n += 1
-    return n
-
-
-def shared_version(a: Chain, b: Chain) -> int:
-    """The last common version of two chains that nothing later in them looks behind."""
-    version = common(a, b)
-    for chain in (a, b):
-        for i in range(len(chain) - 1, version - 1, -1):
-            version = min(version, i - chain[i].lag)
-    return version
-
-
-def read_from(chain: Chain, q: Expr, base: Chain) -> tuple[int, Expr, Expr | None]:
-    """A read after ``chain`` as one of a version of ``base``: version, key, constant."""
-    if common(chain, base) == len(chain):
-        return len(chain), q, None
-    version = shared_version(chain, base)
-    key, const = fold(chain, version).read(q)
-    return version, key, const
-
-
-def decays(chain: Chain, by: Decays) -> Chain:
-    """The chain, then W <- W diag(a): folded into its last micro-step."""
-    if by.linear is None:
-        return chain
-    if not chain:
-        return (MicroStep(by.log, by.factor),)
-    last = chain[-1]
-    both = last.with_decay(last.decay * by)
-    after = {name: by.of(key) for name in "yw" if (key := getattr(last, name)) is not None}
-    return (*chain[:-1], replace(both, **after))
-
-
-def writes(chain: Chain, left: Lin, key: Expr) -> Chain:
-    """The chain, then W <- W + left key^T, in as few micro-steps as it takes."""
-    base = chain[:-1] if chain and chain[-1].only_decays else chain
-    const, reads = left.const, dict[int, Expr]()
-    for reading in left.reads:
-        version, q, c = read_from(reading.chain, reading.q, base)
-        const = plus(const, c)
-        reads[version] = q if version not in reads else reads[version] + q
-    for version, x in sorted(reads.items(), reverse=True) or [(len(chain), None)]:
-        new = MicroStep(x=x, y=None if x is None else key, u=const, w=None if const is None else key)
-        new = replace(new, lag=len(chain) - version)
-        merged = _merge(chain[-1], new) if chain else None
-        chain = (*chain, new) if merged is None else (*chain[:-1], merged)
-        const = None
-    return chain
-
-
-def _merge(last: MicroStep, new: MicroStep) -> MicroStep | None:
-    """``last`` then ``new``, which does not decay, as one micro-step, where that is one."""
-    lag = max(new.lag - 1, 0)
-    if last.only_decays:
-        return replace(new.with_decay(last.decay), lag=lag)
-    if new.x is not None and (new.lag == 0 or (last.x is not None and not (last.y is new.y and last.lag == lag))):
-        return None
-    if new.u is not None and last.u is not None and last.w is not new.w:
-        return None
-    out = last if new.x is None else replace(last, x=plus(last.x, new.x), y=new.y, lag=lag)
-    return out if new.u is None else replace(out, u=plus(last.u, new.u), w=new.w)
 
 
 class Lowering:
@@ -213,7 +79,7 @@ class Lowering:
 
     def value(self, node: Expr) -> Any:
         """An ``Expr`` (does not depend on W), a ``Mat``, a ``Lin``; raises ``NotAffine`` for anything else."""
-        for n in _pending(node, self.known):
+        for n in ordered([node], self.known):
             args = [self.known[a] if isinstance(a, Expr) else a for a in n.args]
             flat = [self.known[p] for p in n.parents]
             self.known[n] = self._combine(n, args) if any(not isinstance(a, Expr) for a in flat) else n
@@ -425,16 +291,6 @@ class Lowering:
 
 def _flipped(mat: Mat) -> Mat:
     return replace(mat, terms=tuple((right, left) for left, right in mat.terms), flip=not mat.flip)
-
-
-def _pending(node: Expr, known: dict[Expr, Any]) -> list[Expr]:
-    needed, stack = set[Expr](), [node]
-    while stack:
-        n = stack.pop()
-        if n not in needed and n not in known:
-            needed.add(n)
-            stack.extend(n.parents)
-    return sorted(needed, key=lambda n: n.index)
 
 
 def constant(near: Expr, number: float | Tensor) -> Expr:

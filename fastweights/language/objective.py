@@ -148,8 +148,8 @@ def descend(objective: Callable[..., Any], *, name: str = "", cite: str = "") ->
     >>> fw.descend(half_squared_error) == fw.rules.delta
     True
     """
+    from .decorator import rule_of
     from .roles import Key, Rate, Value
-    from .rule import rule_of
 
     usual = {"k": Key, "v": Value}
     parameters = list(inspect.signature(objective).parameters.values())

@@ -1,13 +1,11 @@
-"""``@rule``: a function of one token and one head, as a value that can be combined, compared and run."""
+"""A rule as a value: combined, compared, shown and traced."""
 
 from __future__ import annotations
 
-import inspect
 import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +14,12 @@ from .errors import FormError, RuleError
 from .objective import Objective
 from .probe import OVERFLOW, matches, probe
 from .program import Program
-from .roles import ROLES, Role, Signal
+from .roles import ROLES, Signal
 from .show import equations
 from .trace import Trace, trace
 
 Token = Callable[[dict[str, Any], dict[str, Any]], tuple[tuple[Any, ...], Any]]
 FORMS = ("recurrent", "parallel", "chunk")
-_RESERVED = {"rule", "state", "reset", "form", "backend", "chunk_size"}
 
 
 class Named(NamedTuple):
@@ -209,7 +206,7 @@ class Rule:
             states.update(zip((rename.get(n, n) for n in other.states), new, strict=True))
             return tuple(states[n] for n in both), y if y2 is None else y2
 
-        return Rule(f"{self.name} >> {other.name}", token, _named(both, both_signals), cite=_both(self.cite, other.cite))
+        return Rule(f"{self.name} >> {other.name}", token, named(both, both_signals), cite=_both(self.cite, other.cite))
 
     def __mul__(self, n: int) -> Rule:
         if not isinstance(n, int) or isinstance(n, bool):
@@ -236,7 +233,7 @@ class Rule:
             return tuple(states.values()), y
 
         name = f"({self.name}) * {n}" if " " in self.name else f"{self.name} * {n}"
-        return Rule(name, token, _named(self.states, stacked), cite=self.cite)
+        return Rule(name, token, named(self.states, stacked), cite=self.cite)
 
     __rmul__ = __mul__
 
@@ -258,7 +255,7 @@ class Rule:
             return tuple(x.mT if states[n].role.name == "Matrix" else x for n, x in zip(states, new, strict=True)), None
 
         name = f"({self.name}).T" if " " in self.name else f"{self.name}.T"
-        return Rule(name, token, _named(states, signals), cite=self.cite)
+        return Rule(name, token, named(states, signals), cite=self.cite)
 
     # ---- identity ----------------------------------------------------------------------------------------------------
 
@@ -310,79 +307,5 @@ def _both(a: str, b: str) -> str:
     return a if a == b or not b else b if not a else f"{a}; {b}"
 
 
-def _named(states: Mapping[str, Signal], signals: Mapping[str, Signal]) -> Named:
+def named(states: Mapping[str, Signal], signals: Mapping[str, Signal]) -> Named:
     return Named(types.MappingProxyType(dict(states)), types.MappingProxyType(dict(signals)))
-
-
-def _roles(fn: Callable[..., Any], name: str) -> dict[str, Role]:
-    """The roles of a body's arguments, W's included."""
-    try:
-        hints = typing.get_type_hints(fn, include_extras=True)
-    except NameError as error:
-        raise RuleError(f"rule {name!r}: {error}; import the roles at the top of the file: from fastweights import Key, ...") from error
-    parameters = list(inspect.signature(fn).parameters.values())
-    if not parameters:
-        raise RuleError(f"rule {name!r} has no arguments; the first is W, as in def {name}(W, k: Key, v: Value)")
-    roles = {parameters[0].name: ROLES["Matrix"]}
-    for p in parameters[1:]:
-        role = next((m for m in getattr(hints.get(p.name), "__metadata__", ()) if isinstance(m, Role)), None)
-        if role is None or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty:
-            raise RuleError(
-                f"argument {p.name!r} of rule {name!r} needs a role and no default, as in {p.name}: Key; the roles are {', '.join(ROLES)}"
-            )
-        roles[p.name] = role
-    return roles
-
-
-@overload
-def rule(body: Callable[..., Any], /) -> Rule: ...
-@overload
-def rule(*, name: str = "", objective: Objective | None = None, cite: str = "") -> Callable[[Callable[..., Any]], Rule]: ...
-def rule(body: Callable[..., Any] | None = None, /, *, name: str = "", objective: Objective | None = None, cite: str = "") -> Any:
-    """Make a rule of a function of one token and one head.
-
-    The first argument is the fast weights ``W`` (dv, dk); every other one is annotated with its role. The body returns
-    the new ``W``, or ``(W, y)`` if it reads otherwise than by ``y = W q``. A rule with further states (``Matrix``,
-    ``KeyState``, ...) returns them after ``W``, in the order of its arguments.
-
-    >>> import fastweights as fw
-    >>> from fastweights import Key, LogDecay, Rate, Value, outer
-    >>> @fw.rule
-    ... def forgetful(W, k: Key, v: Value, beta: Rate, g: LogDecay):
-    ...     W = W + outer(beta * (v - W @ k), k)
-    ...     return W * g.exp()
-    >>> forgetful.forms
-    ('recurrent', 'parallel', 'chunk')
-    """
-    if body is None:
-        return lambda fn: rule_of(fn, name=name, objective=objective, cite=cite)
-    return rule_of(body)
-
-
-def rule_of(fn: Callable[..., Any], *, name: str = "", objective: Objective | None = None, cite: str = "") -> Rule:
-    name = name or fn.__name__
-    given = {n: Signal(n, role) for n, role in _roles(fn, name).items()}
-    if reserved := sorted(_RESERVED & given.keys()):
-        raise RuleError(f"rule {name!r}: {', '.join(reserved)} is an option of scan and cannot name a signal; choose another name")
-    states = {n: s for n, s in given.items() if s.role.state}
-    signals = {n: s for n, s in given.items() if not s.role.state}
-
-    def token(states_in: dict[str, Any], signals_in: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        w, *others = states_in.values()
-        out = fn(w, **dict(zip(list(states)[1:], others, strict=True)), **signals_in)
-        out = out if isinstance(out, tuple) else (out,)
-        if len(out) not in (len(states), len(states) + 1):
-            expected = ", ".join(states)
-            raise RuleError(f"rule {name!r} returns {len(out)} values; expected {expected} or {expected}, y")
-        return tuple(out[: len(states)]), out[len(states)] if len(out) > len(states) else None
-
-    return Rule(name, token, _named(states, signals), objective, cite, inspect.getdoc(fn) or "")
-
-
-def outer(u: Tensor, w: Tensor) -> Tensor:
-    """The outer product u w^T: row i is u_i w.
-
-    >>> outer(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])).tolist()
-    [[1.0, 0.0], [2.0, 0.0]]
-    """
-    return torch.outer(u, w)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .chain import Chain, Lin, common, fold, plus, shared_version, times
 from .errors import RuleError
 from .expr import DataDependent, Expr, Tape, Where, is_outside
-from .lower import Chain, Lin, Lowering, NotAffine, common, constant, fold, plus, shared_version, times
+from .lower import Lowering, NotAffine, constant
 from .program import Carry, Program, Read
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..language.decorator import outer, rule
 from ..language.objective import Objective
 from ..language.roles import Gate, Key, KeyGate, KeyState, KeyVector, LogDecay, Query, Rate, Scalar, Value, ValueGate
-from ..language.rule import outer, rule
 from .hebb import decay
 
 

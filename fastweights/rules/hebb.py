@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..language.decorator import outer, rule
 from ..language.objective import Objective
 from ..language.roles import Key, KeyState, KeyVector, LogDecay, PositiveKey, PositiveQuery, Query, Rate, Scalar, ScalarState, Value
-from ..language.rule import outer, rule
 
 
 @rule

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..language.decorator import outer, rule
 from ..language.objective import Objective
 from ..language.roles import Key, Rate, Value, ValueLogDecay
-from ..language.rule import outer, rule
 
 
 def reconstruction_error(W, k, v):

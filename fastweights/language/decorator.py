@@ -1,0 +1,92 @@
+"""``@rule``: from a function of one token and one head to a ``Rule``; ``outer``, which its body writes with."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from .errors import RuleError
+from .objective import Objective
+from .roles import ROLES, Role, Signal
+from .rule import Rule, named
+
+_RESERVED = {"rule", "state", "reset", "form", "backend", "chunk_size"}
+
+
+def _roles(fn: Callable[..., Any], name: str) -> dict[str, Role]:
+    """The roles of a body's arguments, W's included."""
+    try:
+        hints = typing.get_type_hints(fn, include_extras=True)
+    except NameError as error:
+        raise RuleError(f"rule {name!r}: {error}; import the roles at the top of the file: from fastweights import Key, ...") from error
+    parameters = list(inspect.signature(fn).parameters.values())
+    if not parameters:
+        raise RuleError(f"rule {name!r} has no arguments; the first is W, as in def {name}(W, k: Key, v: Value)")
+    roles = {parameters[0].name: ROLES["Matrix"]}
+    for p in parameters[1:]:
+        role = next((m for m in getattr(hints.get(p.name), "__metadata__", ()) if isinstance(m, Role)), None)
+        if role is None or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty:
+            raise RuleError(
+                f"argument {p.name!r} of rule {name!r} needs a role and no default, as in {p.name}: Key; the roles are {', '.join(ROLES)}"
+            )
+        roles[p.name] = role
+    return roles
+
+
+@overload
+def rule(body: Callable[..., Any], /) -> Rule: ...
+@overload
+def rule(*, name: str = "", objective: Objective | None = None, cite: str = "") -> Callable[[Callable[..., Any]], Rule]: ...
+def rule(body: Callable[..., Any] | None = None, /, *, name: str = "", objective: Objective | None = None, cite: str = "") -> Any:
+    """Make a rule of a function of one token and one head.
+
+    The first argument is the fast weights ``W`` (dv, dk); every other one is annotated with its role. The body returns
+    the new ``W``, or ``(W, y)`` if it reads otherwise than by ``y = W q``. A rule with further states (``Matrix``,
+    ``KeyState``, ...) returns them after ``W``, in the order of its arguments.
+
+    >>> import fastweights as fw
+    >>> from fastweights import Key, LogDecay, Rate, Value, outer
+    >>> @fw.rule
+    ... def forgetful(W, k: Key, v: Value, beta: Rate, g: LogDecay):
+    ...     W = W + outer(beta * (v - W @ k), k)
+    ...     return W * g.exp()
+    >>> forgetful.forms
+    ('recurrent', 'parallel', 'chunk')
+    """
+    if body is None:
+        return lambda fn: rule_of(fn, name=name, objective=objective, cite=cite)
+    return rule_of(body)
+
+
+def rule_of(fn: Callable[..., Any], *, name: str = "", objective: Objective | None = None, cite: str = "") -> Rule:
+    name = name or fn.__name__
+    given = {n: Signal(n, role) for n, role in _roles(fn, name).items()}
+    if reserved := sorted(_RESERVED & given.keys()):
+        raise RuleError(f"rule {name!r}: {', '.join(reserved)} is an option of scan and cannot name a signal; choose another name")
+    states = {n: s for n, s in given.items() if s.role.state}
+    signals = {n: s for n, s in given.items() if not s.role.state}
+
+    def token(states_in: dict[str, Any], signals_in: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        w, *others = states_in.values()
+        out = fn(w, **dict(zip(list(states)[1:], others, strict=True)), **signals_in)
+        out = out if isinstance(out, tuple) else (out,)
+        if len(out) not in (len(states), len(states) + 1):
+            expected = ", ".join(states)
+            raise RuleError(f"rule {name!r} returns {len(out)} values; expected {expected} or {expected}, y")
+        return tuple(out[: len(states)]), out[len(states)] if len(out) > len(states) else None
+
+    return Rule(name, token, named(states, signals), objective, cite, inspect.getdoc(fn) or "")
+
+
+def outer(u: Tensor, w: Tensor) -> Tensor:
+    """The outer product u w^T: row i is u_i w.
+
+    >>> outer(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])).tolist()
+    [[1.0, 0.0], [2.0, 0.0]]
+    """
+    return torch.outer(u, w)

@@ -41,7 +41,7 @@ def save_figure(made: Figure, path: Path) -> None:
 
 
 def loss_curve(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, unit: str = "bits per byte") -> None:
-    """Training loss (thin, smoothed) and validation (dots) of one or more runs against tokens seen."""
+    """Training loss (thin, an average over about 20 steps) and validation (dots) of one or more runs against tokens seen."""
     made, (axes,) = figure()
     draw_losses(axes, runs, unit)
     save_figure(made, path)
@@ -55,9 +55,7 @@ def draw_losses(axes: Axes, runs: Mapping[str, Sequence[Mapping[str, Any]]], uni
         tokens_at = {x["step"]: x["tokens"] for x in lines if "tokens" in x}
         checked = [(tokens_at[x["step"]], x["validation_bits"]) for x in lines if "validation_bits" in x and x["step"] in tokens_at]
         if steps:
-            axes.plot(
-                [s[0] for s in steps], smoothed([s[1] for s in steps]), color=colour, lw=1, alpha=0.6, label=None if checked else name
-            )
+            axes.plot([x for x, _ in steps], smoothed([y for _, y in steps]), color=colour, lw=1, alpha=0.6, label=f"{name}, training")
         if checked:
             axes.plot(*zip(*checked, strict=True), "o-", color=colour, ms=4, lw=1.5, label=f"{name}, validation")
     axes.set_xlabel("tokens seen")

@@ -3,7 +3,7 @@
 Inside a block, W after micro-step i is the incoming W_0, decayed, plus a decayed outer product val_j key_j^T for every
 micro-step j so far. Where micro-steps erase, val_j = u_j + W x_j depends on the earlier ones: with L_ij = x_i . key_j
 (decayed from j to i) the values solve (I - L) val = u + x W_0^T, a triangular system, once for W_0 = 0 (``solved``) and
-once for every key channel of W_0 (``response``). So the block takes W_0 to W_0 (diag(a) + response^T keys) + val^T keys.
+once for every key channel of W_0 (``response``). The block takes W_0 to W_0 diag(a) + val^T keys.
 Axes: ``...`` for batch, heads and blocks, then S micro-steps, then K or V.
 """
 
@@ -64,18 +64,27 @@ class Micro:
 
 
 class Transition(NamedTuple):
-    """W <- W diag(total) + W matrix + added, from zero where not ``kept``; what is missing changes nothing."""
+    """W <- W diag(total) + values^T ends + added with values = solved + response W^T; where not ``kept``, W is forgotten.
+
+    What is missing changes nothing.
+    """
 
     kept: Tensor | None
     total: Tensor | None
-    matrix: Tensor | None
     added: Tensor | None
+    solved: Tensor | None
+    response: Tensor | None
+    ends: Tensor | None
 
-    def of(self, weights: Tensor) -> Tensor:
-        weights = weights if self.kept is None else only(self.kept, weights)
-        new = weights if self.total is None else weights * self.total
-        new = new if self.matrix is None else new + weights @ self.matrix
-        return new if self.added is None else new + self.added
+    def of(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The next W, and the values that the erase made."""
+        values, new = None, weights if self.kept is None else only(self.kept, weights)
+        new = new if self.total is None else new * self.total
+        if self.response is not None and self.ends is not None:
+            values = self.response @ weights.mT
+            values = values if self.solved is None else values + self.solved
+            new = new + values.mT @ self.ends
+        return (new if self.added is None else new + self.added), values
 
     def unbind(self, axis: int) -> Iterator[Transition]:
         """One transition for each index of an axis."""
@@ -90,14 +99,14 @@ class Block:
     def __init__(self, micro: Micro) -> None:
         self.micro = micro
         self.segments = None if micro.reset is None else micro.reset.cumsum(-2)
-        self.events: list[tuple[Tensor, Tensor, Tensor | None]] = []  # keys, values, response of the values to W_0
-        if micro.w is not None and micro.u is not None and not micro.tied:
-            self.events.append((micro.w, micro.u, None))
+        self.plain = None if micro.w is None or micro.u is None or micro.tied else (micro.w, micro.u)
+        self.solved: Tensor | None = None
+        self.response: Tensor | None = None
         if micro.x is not None and micro.y is not None:
-            self.events.append((micro.y, *self._solve(micro.x, micro.y)))
+            self.solved, self.response = self._solve(micro.x, micro.y)
 
-    def _solve(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """``solved, response``: the values that an erase makes."""
+    def _solve(self, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor]:
+        """``solved, response``: the values that an erase makes for W_0 = 0, and for each key channel of W_0."""
         micro = self.micro
         lower, incoming, constant = torch.zeros(()), torch.zeros(()), torch.zeros(())
         for lag in sorted(set(micro.lags)):
@@ -115,7 +124,7 @@ class Block:
         both = torch.cat([r.expand(*lead, *r.shape[-2:]) for r in right], -1)
         both = torch.linalg.solve_triangular(system.expand(*lead, *system.shape[-2:]), both, upper=False, unitriangular=True)
         solved, response = both.split([both.shape[-1] - incoming.shape[-1], incoming.shape[-1]], -1)
-        return solved, response
+        return (solved if solved.shape[-1] else None), response
 
     def _seen(self, x: Tensor, keys: Tensor, back: int) -> Tensor:
         """How much reader i sees of what was written at micro-step j: (..., S, S)."""
@@ -133,28 +142,23 @@ class Block:
 
     def transition(self) -> Transition:
         """How the block changes W."""
-        decay, segments = self.micro.decay, self.segments
-        kept = None if segments is None else segments[..., -1:, :] == 0
-        total = None if decay.none else decay.since_start()[..., -1:, :]
-        matrix, added = None, None
-        for keys, values, response in self.events:
-            if not decay.none:
-                keys = keys * decay.until_end()
-            if segments is not None:
-                keys = only(segments == segments[..., -1:, :], keys)
-            if response is not None:
-                matrix = response.mT @ keys
-            if values.shape[-1]:
-                added = values.mT @ keys if added is None else added + values.mT @ keys
-        return Transition(kept, total, matrix, added)
+        kept = None if self.segments is None else self.segments[..., -1:, :] == 0
+        total = None if self.micro.decay.none else self.micro.decay.since_start()[..., -1:, :]
+        added = None if self.plain is None else self.plain[1].mT @ self._at_end(self.plain[0])
+        ends = None if self.response is None or self.micro.y is None else self._at_end(self.micro.y)
+        return Transition(kept, total, added, self.solved, self.response, ends)
 
-    def reads(self, weights: Tensor) -> list[Tensor]:
-        """What each reader reads, given W_0: (..., S, V), or (..., S, K) if it reads W^T."""
-        events = []
-        for keys, values, response in self.events:
-            if response is not None:
-                values = values + response @ weights.mT if values.shape[-1] else response @ weights.mT
-            events.append((keys, values))
+    def _at_end(self, keys: Tensor) -> Tensor:
+        """Keys, decayed as what is written there is at the end of the block."""
+        if not self.micro.decay.none:
+            keys = keys * self.micro.decay.until_end()
+        return keys if self.segments is None else only(self.segments == self.segments[..., -1:, :], keys)
+
+    def reads(self, weights: Tensor, values: Tensor | None) -> list[Tensor]:
+        """What each reader reads, given W_0 and the values that the erase made: (..., S, V), or (..., S, K) if it reads W^T."""
+        events = [] if self.plain is None else [self.plain]
+        if values is not None and self.micro.y is not None:
+            events.append((self.micro.y, values))
         return [
             self._read_back(q, back, weights, events) if backward else self._read(q, back, weights, events)
             for q, back, backward in zip(self.micro.readers, self.micro.back, self.micro.backward, strict=True)

@@ -1,7 +1,7 @@
 """The chunk form: blocks of tokens, the state walking from block to block. Linear in T, any device, any derivative.
 
-Within a span of blocks everything that does not need W is computed for all blocks at once; the walk itself is one small
-matrix product a block. Spans bound the memory of a forward pass without gradients.
+Within a span of blocks everything that does not need W is computed for all blocks at once; the walk itself is two small
+matrix products a block. Spans bound the memory of a forward pass without gradients.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ def _walk(micro: Micro, weights: Tensor, size: int) -> tuple[list[Tensor], Tenso
     steps = micro.steps
     missing = -steps % size
     block = Block(micro.map(lambda t, nothing: pad(t, (0, 0, 0, missing), value=nothing).unflatten(-2, (-1, size))))
-    before = []
+    before, made = [], []
     for change in block.transition().unbind(-3):
         before.append(weights)
-        weights = change.of(weights)
+        weights, values = change.of(weights)
+        made.append(values)
     if not before:  # nothing changes W
         before = [weights] * ((steps + missing) // size)
-    return [r.flatten(-3, -2)[..., :steps, :] for r in block.reads(torch.stack(before, -3))], weights
+    written = torch.stack(made, -3) if made and made[0] is not None else None
+    return [r.flatten(-3, -2)[..., :steps, :] for r in block.reads(torch.stack(before, -3), written)], weights

@@ -10,4 +10,5 @@ from .block import Block, Micro
 def parallel(micro: Micro, weights: Tensor) -> tuple[list[Tensor], Tensor]:
     """What the readers read, and the final W, of micro-steps (..., S, .) from W_0 (..., V, K)."""
     block = Block(micro)
-    return block.reads(weights), block.transition().of(weights)
+    final, values = block.transition().of(weights)
+    return block.reads(weights, values), final

@@ -95,9 +95,12 @@ def main(arguments: list[str] | None = None) -> None:
     except FastWeightError as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of a pipe went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe went away
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        sys.exit(2)
 
 
 def _say(console: Console, text: str) -> None:
@@ -150,7 +153,7 @@ def _one_rule(rule: Any, console: Console) -> None:
     console.print(Panel(escape(f"{rule.equation()}\n\n{rule.doc}".strip()), title=escape(rule.name)))
     table = _table("signal", "role", "shape")
     for name, s in rule.signals.items():
-        table.add_row(name, str(s.role), s.letters())
+        table.add_row(name, str(s.role), s.letters(rule.shapes))
     for name, s in list(rule.states.items())[1:]:
         table.add_row(name, str(s.role), "carried from token to token")
     console.print(table)
@@ -214,6 +217,10 @@ def _generate(options: Generate, console: Console) -> int:
 
     own = layer_names(options.rule)[1] if options.rule else {}
     sampler = Sampler(options.temperature, options.top_k, options.top_p)
+    if not options.prompt or options.tokens < 0:
+        raise FastWeightError("--prompt needs at least one character, and --tokens at least 0")
+    if options.memory and Path(options.memory).is_dir():
+        raise FastWeightError(f"--memory {options.memory} is a folder; name a file")
     model = load(options.run, own)
     if model.config.vocabulary != 256:
         raise FastWeightError(f"the model in {options.run} was trained on a task, not on bytes of text")

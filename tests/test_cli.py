@@ -109,6 +109,52 @@ def test_generation_continues_from_a_memory_file(capfd, here):
     assert (here / "memory.safetensors").is_file()
 
 
+def test_files_that_users_trust_us_with_are_safe(capfd, here):
+    small = ["--steps", "4", "--batch", "2", "--length", "32", "--depth", "1", "--d-model", "16", "--heads", "2", "--text", "text.txt"]
+    run(capfd, "train", "--rule", "own.py:leaky_delta", "--name", "m", *small)
+    run(capfd, "train", "--rule", "own.py:leaky_delta", "--name", "other", "--seed", "1", *small)
+    own = ["--rule", "own.py:leaky_delta", "--tokens", "2"]
+    (here / "box").mkdir()
+    (here / "box" / "precious.txt").write_text("mine")
+    code, _, err = run(capfd, "generate", "runs/m", "--memory", "box", *own)
+    assert (code, "is a folder" in err) == (2, True)
+    assert (here / "box" / "precious.txt").read_text() == "mine"
+    assert run(capfd, "generate", "runs/m", "--memory", "kept", *own)[0] == 0
+    code, _, err = run(capfd, "generate", "runs/other", "--memory", "kept", *own)
+    assert (code, "memory of another model" in err) == (2, True)
+    (here / "own.py").write_text(RULES.replace("return W * g.exp()", "return W * (2 * g).exp()"))
+    code, _, err = run(capfd, "train", "--rule", "own.py:leaky_delta", "--name", "m", "--resume", *small)
+    assert (code, "fingerprint differs" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def x(:", "line 1, cannot be read: SyntaxError"),
+        ("import gone_away", "ModuleNotFoundError"),
+        ("y = nothing", "line 1, cannot be read: NameError"),
+    ],
+)
+def test_rule_files_that_cannot_be_read(capfd, here, text, message):
+    (here / "bad.py").write_text(text)
+    code, _, err = run(capfd, "check", "bad.py:x")
+    assert (code, message in err) == (2, True)
+
+
+def test_bodies_that_raise_are_told_with_their_line(capfd, here):
+    (here / "bad.py").write_text(RULES.replace("outer(k, v)", "outer(undefined, v)"))
+    code, _, err = run(capfd, "check", "bad.py:wrong")
+    assert code == 2
+    assert "bad.py:" in err
+    assert "undefined" in err
+
+
+def test_a_run_that_is_not_there_cannot_be_resumed(capfd, here):
+    code, _, err = run(capfd, "train", "--text", "text.txt", "--name", "gone", "--length", "32", "--resume")
+    assert (code, "no checkpoint to resume from" in err) == (2, True)
+    assert not (here / "runs" / "gone").exists()
+
+
 def test_text_from_standard_input(capfd, here, monkeypatch):
     class Piped:
         buffer = io.BytesIO(b"some piped text, again and again. " * 40)

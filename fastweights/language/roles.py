@@ -5,6 +5,7 @@ A role is used as an annotation, ``k: Key``. To a type checker it is a ``torch.T
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
@@ -88,8 +89,8 @@ class Signal:
         stack = () if self.sets is None else (self.sets,)
         return [stack + one[space] for space in self.role.spaces]
 
-    def letters(self) -> str:
-        """The full shape in letters, such as ``(B, T, H, K)``."""
+    def letters(self, picks: Sequence[int] = (0, -1)) -> str:
+        """The full shape in letters, such as ``(B, T, H, K)``; ``picks`` are those of a rule's ``shapes``."""
         one = {"scalar": "", "key": ", K", "value": ", V", "matrix": ", V, K"}
         stack = "" if self.sets is None else f", {self.sets}"
-        return " or ".join(f"(B, T, H{stack}{one[space]})" for space in self.role.spaces)
+        return " or ".join(f"(B, T, H{stack}{one[space]})" for space in dict.fromkeys(self.role.spaces[pick] for pick in picks))

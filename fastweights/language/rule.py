@@ -16,7 +16,7 @@ from .probe import OVERFLOW, matches, probe
 from .program import Program
 from .roles import ROLES, Signal
 from .show import equations
-from .trace import Trace, trace
+from .trace import Trace, line_of, trace
 
 Token = Callable[[dict[str, Any], dict[str, Any]], tuple[tuple[Any, ...], Any]]
 FORMS = ("recurrent", "parallel", "chunk")
@@ -161,10 +161,10 @@ class Rule:
                         break
                     except RuleError:
                         raise
-                    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+                    except Exception as error:  # whatever a body may raise is told with its line
                         errors.append(error)
             if not accepted:
-                text = f"the body of rule {self.name!r} fails on tensors of the shapes of its roles: {errors[0]}"
+                text = f"the body of rule {self.name!r} fails on tensors of the shapes of its roles\n  {line_of(errors[0])}\n  {errors[0]}"
                 raise RuleError(text) from errors[0]
             self._facts["example"] = tuple(accepted), reads
         return self._facts["example"]

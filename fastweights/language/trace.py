@@ -62,7 +62,7 @@ def _trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
         if isinstance(error, RuleError):
             raise
         sizes = ", ".join(f"{n} {tuple(s)}" for n, s in shapes.items())
-        raise RuleError(f"rule {rule.name!r} fails for one token and one head with {sizes}\n  {_line_of(error)}\n  {error}") from error
+        raise RuleError(f"rule {rule.name!r} fails for one token and one head with {sizes}\n  {line_of(error)}\n  {error}") from error
     for name, new in zip(names, states, strict=True):
         rule.expect_tensor(name, new, shapes[name])
     near = leaves[names[0]]
@@ -80,7 +80,7 @@ def _trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
             return Trace(leaves, states, output, None, why, on_rows.where)
 
 
-def _line_of(error: Exception) -> Where | str:
+def line_of(error: Exception) -> Where | str:
     """The line of the rule at which an exception arose."""
     found: Where | str = ""
     step = error.__traceback__

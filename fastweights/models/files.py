@@ -22,6 +22,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` a file or folder under a temporary name beside ``path``, then move it there in one step."""
+    if path.is_dir():
+        raise FastWeightError(f"{path} is a folder, and nothing in it is removed; give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     if temporary.is_dir():
@@ -32,8 +34,6 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             if file.is_file():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-        if path.is_dir():
-            shutil.rmtree(path)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,16 +101,14 @@ class Stream:
             raise FastWeightError("the stream has read nothing yet, so there is nothing to save")
         tensors = {f"{i}.{name}": t for i, state in enumerate(self.memory) for name, t in state.items()}
         tensors |= {"logits": self.logits, "generator": self.generator.get_state()}
-        save_tensors(Path(path), tensors, {"tokens": str(self.tokens), "layers": " ".join(self.model.config.layers)})
+        save_tensors(Path(path), tensors, {"tokens": str(self.tokens), "model": identity(self.model)})
 
     @classmethod
     def load(cls, path: str | Path, model: LanguageModel) -> Stream:
         """A stream saved with the same model."""
         tensors, metadata = load_tensors(Path(path))
-        if metadata.get("layers") != " ".join(model.config.layers):
-            raise FastWeightError(
-                f"{path} is the memory of a model with layers {metadata.get('layers')}, not {' '.join(model.config.layers)}"
-            )
+        if metadata.get("model") != identity(model):
+            raise FastWeightError(f"{path} is the memory of another model: its layers, sizes or weights differ; name another file")
         stream = cls(model)
         stream.tokens = int(metadata["tokens"])
         stream.logits = tensors.pop("logits")
@@ -119,3 +118,12 @@ class Stream:
             layer, name = key.split(".", 1)
             stream.memory[int(layer)][name] = tensor
         return stream
+
+
+def identity(model: LanguageModel) -> str:
+    """A hash of a model's layers and weights."""
+    found = hashlib.sha256(" ".join(model.config.layers).encode())
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

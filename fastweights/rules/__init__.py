@@ -34,7 +34,9 @@ def get(name: str) -> Rule:
     try:
         return _build(ast.parse(name.strip(), mode="eval").body)
     except SyntaxError as error:
-        raise RuleError(f"{name!r} is not the name of a rule: write a name such as 'delta', 'delta * 2' or 'delta.T'") from error
+        raise RuleError(
+            f"{name!r} is not the name of a rule: write a name such as 'delta', 'delta * 2' or 'delta.T', or FILE.py:NAME for your own"
+        ) from error
 
 
 def _build(node: ast.expr) -> Rule:
@@ -52,4 +54,4 @@ def _build(node: ast.expr) -> Rule:
             return _build(left) >> _build(right)
         case ast.Attribute(value, "T"):
             return _build(value).T
-    raise RuleError(f"{ast.unparse(node)!r} does not name a rule: rules combine by >>, * n and .T")
+    raise RuleError(f"{ast.unparse(node)!r} does not name a rule: rules combine by >>, * n and .T, and a rule of your own is FILE.py:NAME")

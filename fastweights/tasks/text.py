@@ -62,7 +62,7 @@ class Text:
     def batch(self, seed: int, step: int, size: int, length: int) -> tuple[Tensor, Tensor]:
         if self.split <= length + 1:
             raise FastWeightError(
-                f"the text has {self.split} bytes to train on, too few for windows of {length}; give more text, or a smaller --length"
+                f"the text has {max(self.split, 0)} bytes to train on, too few for windows of {length}; give more, or a smaller --length"
             )
         draw = torch.Generator().manual_seed(hash_numbers(seed, step))
         starts = torch.randint(0, self.split - length - 1, (size,), generator=draw)

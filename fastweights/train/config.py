@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -137,7 +138,14 @@ def rule_from_file(place: str) -> Rule:
     if spec is None or spec.loader is None:
         raise RuleError(f"{file!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        if isinstance(error, FastWeightError):
+            raise
+        frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
+        line = getattr(error, "lineno", None) or (frames[-1] if frames else "?")
+        raise RuleError(f"{file}, line {line}, cannot be read: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not isinstance(found, Rule):
         rules = [n for n, x in vars(module).items() if isinstance(x, Rule) and x.name == n]

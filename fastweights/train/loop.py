@@ -57,6 +57,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     model_config, own = config.model(source.vocabulary)
     model = LanguageModel(model_config, own, seed=config.seed)
     optimiser = build_optimiser(model, config)
+    source.batch(config.seed, 0, config.batch, config.length)  # data that will not do is refused before anything is written
     done = _begin(run, config, source, model, optimiser)
     metrics = Metrics(run / "metrics.jsonl", upto=done.step)
     if config.task == "text":
@@ -80,11 +81,15 @@ def _begin(run: Path, config: TrainConfig, source: Source, model: LanguageModel,
     if config.resume and started:
         stored = read_json(run / "config.json")
         if changed := differences(stored, config):
-            raise FastWeightError(f"cannot resume {run} with other options: {', '.join(changed)}; start a new run with --name")
+            raise FastWeightError(
+                f"cannot resume {run} with other options: {', '.join(changed)}; repeat its options, or start a new run with --name"
+            )
         done = checkpoint.load_checkpoint(run, model, optimiser)
         if done.data != source.identity:
             raise FastWeightError(f"cannot resume {run}: it was trained on {done.data}, now the data is {source.identity}")
         return done
+    if config.resume:
+        raise FastWeightError(f"{run} has no checkpoint to resume from; leave --resume out to start it, or check --name and --runs")
     if started:
         raise FastWeightError(f"{run} is already there; continue it with --resume, or start another with --name")
     write_json(run / "config.json", dataclasses.asdict(config))
@@ -105,7 +110,7 @@ def _steps(
         metrics.add(step=step + 1, loss=loss, gradient_norm=norm, tokens=done.tokens, seconds=round(done.seconds, 4),
                     learning_rate=optimiser.param_groups[0]["lr"])  # fmt: skip
         if not math.isfinite(loss):
-            raise FastWeightError(f"the loss is {loss} at step {step + 1}; lower --learning-rate, or resume from the last checkpoint")
+            raise FastWeightError(f"the loss is {loss} at step {step + 1}; start again with a lower --learning-rate")
         last = step + 1 == config.steps
         if last or (step + 1) % config.evaluate_every == 0:
             bits, accuracy = validate(model, source, config)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .roles import Signal
     from .rule import Rule
 
 _SCALES = (0.3, 1.0, 30.0)
@@ -38,18 +39,16 @@ def probe(rule: Rule) -> list[float | str | None]:
 
 
 def _at(rule: Rule, which: int, seed: int, scale: float, dk: int, dv: int) -> list[Tensor] | None:
-    filled: list[dict[str, Tensor]] = []
-    for part in (rule.states, rule.signals):
-        tensors = {}
-        for name, s in sorted(part.items()) if part is rule.signals else part.items():
-            shape = s.shapes(dk, dv)[which]
-            draw = _numbers(seed * 1_000_003 + sum(ord(c) * 131**i for i, c in enumerate(name if part is rule.signals else s.role.name)))
-            x = torch.tensor([next(draw) for _ in range(math.prod(shape))], dtype=torch.float64).reshape(shape)
-            tensors[name] = _in_range(s.role.name, x, scale)
-        filled.append(tensors)
-    states, signals = filled
+    def fill(s: Signal, name: str) -> Tensor:
+        draw = _numbers(seed * 1_000_003 + sum(ord(c) * 131**i for i, c in enumerate(name)))
+        shape = s.shapes(dk, dv)[which]
+        x = torch.tensor([next(draw) for _ in range(math.prod(shape))], dtype=torch.float64).reshape(shape)
+        return _in_range(s.role.name, x, scale)
+
+    states = {n: fill(s, s.role.name) for n, s in rule.states.items()}
+    signals = {n: fill(s, n) for n, s in rule.signals.items()}
     try:
-        new, y = rule.token(states, {n: signals[n] for n in rule.arguments.signals})
+        new, y = rule.apply(states, signals)
     except (RuntimeError, IndexError):
         return None
     return [torch.as_tensor(x, dtype=torch.float64) for x in (*new, new[0] @ signals["q"] if y is None else y)]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import torch
 
 Space = Literal["scalar", "key", "value", "matrix"]
+_AXES = {"scalar": "", "key": "K", "value": "V", "matrix": "VK"}
 
 
 @dataclass(frozen=True)
@@ -33,46 +34,30 @@ class Role:
         return self.name
 
 
-_ALL = [
-    Role("Key", ("key",), "Value"),
-    Role("Value", ("value",), "Key"),
-    Role("Query", ("key",), "Query"),
-    Role("Rate", ("scalar",), "Rate"),
-    Role("Gate", ("scalar",), "Gate"),
-    Role("Scalar", ("scalar",), "Scalar"),
-    Role("LogDecay", ("scalar", "key"), "ValueLogDecay", log_decay=True),
-    Role("ValueLogDecay", ("scalar", "value"), "LogDecay", log_decay=True),
-    Role("PositiveKey", ("key",), "Value"),
-    Role("PositiveQuery", ("key",), "Query"),
-    Role("KeyGate", ("key",), "ValueGate"),
-    Role("ValueGate", ("value",), "KeyGate"),
-    Role("KeyVector", ("key",), "ValueVector"),
-    Role("ValueVector", ("value",), "KeyVector"),
-    Role("Matrix", ("matrix",), "Matrix", state=True),
-    Role("KeyState", ("key",), "ValueState", state=True),
-    Role("ValueState", ("value",), "KeyState", state=True),
-    Role("ScalarState", ("scalar",), "ScalarState", state=True),
-]
-ROLES = {role.name: role for role in _ALL}
+Key: TypeAlias = Annotated[torch.Tensor, Role("Key", ("key",), "Value")]
+Value: TypeAlias = Annotated[torch.Tensor, Role("Value", ("value",), "Key")]
+Query: TypeAlias = Annotated[torch.Tensor, Role("Query", ("key",), "Query")]
+Rate: TypeAlias = Annotated[torch.Tensor, Role("Rate", ("scalar",), "Rate")]
+Gate: TypeAlias = Annotated[torch.Tensor, Role("Gate", ("scalar",), "Gate")]
+Scalar: TypeAlias = Annotated[torch.Tensor, Role("Scalar", ("scalar",), "Scalar")]
+LogDecay: TypeAlias = Annotated[torch.Tensor, Role("LogDecay", ("scalar", "key"), "ValueLogDecay", log_decay=True)]
+ValueLogDecay: TypeAlias = Annotated[torch.Tensor, Role("ValueLogDecay", ("scalar", "value"), "LogDecay", log_decay=True)]
+PositiveKey: TypeAlias = Annotated[torch.Tensor, Role("PositiveKey", ("key",), "Value")]
+PositiveQuery: TypeAlias = Annotated[torch.Tensor, Role("PositiveQuery", ("key",), "Query")]
+KeyGate: TypeAlias = Annotated[torch.Tensor, Role("KeyGate", ("key",), "ValueGate")]
+ValueGate: TypeAlias = Annotated[torch.Tensor, Role("ValueGate", ("value",), "KeyGate")]
+KeyVector: TypeAlias = Annotated[torch.Tensor, Role("KeyVector", ("key",), "ValueVector")]
+ValueVector: TypeAlias = Annotated[torch.Tensor, Role("ValueVector", ("value",), "KeyVector")]
+Matrix: TypeAlias = Annotated[torch.Tensor, Role("Matrix", ("matrix",), "Matrix", state=True)]
+KeyState: TypeAlias = Annotated[torch.Tensor, Role("KeyState", ("key",), "ValueState", state=True)]
+ValueState: TypeAlias = Annotated[torch.Tensor, Role("ValueState", ("value",), "KeyState", state=True)]
+ScalarState: TypeAlias = Annotated[torch.Tensor, Role("ScalarState", ("scalar",), "ScalarState", state=True)]
 
-Key: TypeAlias = Annotated[torch.Tensor, ROLES["Key"]]
-Value: TypeAlias = Annotated[torch.Tensor, ROLES["Value"]]
-Query: TypeAlias = Annotated[torch.Tensor, ROLES["Query"]]
-Rate: TypeAlias = Annotated[torch.Tensor, ROLES["Rate"]]
-Gate: TypeAlias = Annotated[torch.Tensor, ROLES["Gate"]]
-Scalar: TypeAlias = Annotated[torch.Tensor, ROLES["Scalar"]]
-LogDecay: TypeAlias = Annotated[torch.Tensor, ROLES["LogDecay"]]
-ValueLogDecay: TypeAlias = Annotated[torch.Tensor, ROLES["ValueLogDecay"]]
-PositiveKey: TypeAlias = Annotated[torch.Tensor, ROLES["PositiveKey"]]
-PositiveQuery: TypeAlias = Annotated[torch.Tensor, ROLES["PositiveQuery"]]
-KeyGate: TypeAlias = Annotated[torch.Tensor, ROLES["KeyGate"]]
-ValueGate: TypeAlias = Annotated[torch.Tensor, ROLES["ValueGate"]]
-KeyVector: TypeAlias = Annotated[torch.Tensor, ROLES["KeyVector"]]
-ValueVector: TypeAlias = Annotated[torch.Tensor, ROLES["ValueVector"]]
-Matrix: TypeAlias = Annotated[torch.Tensor, ROLES["Matrix"]]
-KeyState: TypeAlias = Annotated[torch.Tensor, ROLES["KeyState"]]
-ValueState: TypeAlias = Annotated[torch.Tensor, ROLES["ValueState"]]
-ScalarState: TypeAlias = Annotated[torch.Tensor, ROLES["ScalarState"]]
+_ALL = (
+    Key, Value, Query, Rate, Gate, Scalar, LogDecay, ValueLogDecay, PositiveKey, PositiveQuery, KeyGate, ValueGate,
+    KeyVector, ValueVector, Matrix, KeyState, ValueState, ScalarState,
+)  # fmt: skip
+ROLES: dict[str, Role] = {role.name: role for _, role in map(get_args, _ALL)}
 
 
 @dataclass(frozen=True)
@@ -85,12 +70,14 @@ class Signal:
 
     def shapes(self, dk: int, dv: int) -> list[tuple[int, ...]]:
         """The shapes this signal may have for one token and one head."""
-        one = {"scalar": (), "key": (dk,), "value": (dv,), "matrix": (dv, dk)}
-        stack = () if self.sets is None else (self.sets,)
-        return [stack + one[space] for space in self.role.spaces]
+        size = {"K": dk, "V": dv}
+        return [self._stack + tuple(size[axis] for axis in _AXES[space]) for space in self.role.spaces]
 
     def letters(self, picks: Sequence[int] = (0, -1)) -> str:
         """The full shape in letters, such as ``(B, T, H, K)``; ``picks`` are those of a rule's ``shapes``."""
-        one = {"scalar": "", "key": ", K", "value": ", V", "matrix": ", V, K"}
-        stack = "" if self.sets is None else f", {self.sets}"
-        return " or ".join(f"(B, T, H{stack}{one[space]})" for space in dict.fromkeys(self.role.spaces[pick] for pick in picks))
+        spaces = dict.fromkeys(self.role.spaces[pick] for pick in picks)
+        return " or ".join(f"({', '.join(['B', 'T', 'H', *map(str, self._stack), *_AXES[space]])})" for space in spaces)
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        return () if self.sets is None else (self.sets,)

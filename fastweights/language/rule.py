@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -51,29 +53,26 @@ class Rule:
     cite: str = ""
     doc: str = ""
     _traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
-    _facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def states(self) -> Mapping[str, Signal]:
         """What the rule rewrites: W first, then any other states."""
         return self.arguments.states
 
-    @property
+    @cached_property
     def signals(self) -> Mapping[str, Signal]:
         """What every token brings: the arguments of the body, and the query ``q`` if the body does not read by itself."""
-        if "signals" not in self._facts:
-            signals = dict(self.arguments.signals)
-            if not self.reads_itself:
-                if ("q" in signals and not signals["q"].role.name.endswith("Query")) or "q" in self.states:
-                    raise RuleError(f"rule {self.name!r}: q is the query, y = W q; give the other one another name, or return (W, y)")
-                signals = {"q": Signal("q", ROLES["Query"]), **signals}
-            self._facts["signals"] = types.MappingProxyType(signals)
-        return self._facts["signals"]
+        mine = self.arguments.signals
+        if self.reads_itself:
+            return mine
+        if ("q" in mine and not mine["q"].role.name.endswith("Query")) or "q" in self.states:
+            raise RuleError(f"rule {self.name!r}: q is the query, y = W q; give the other one another name, or return (W, y)")
+        return types.MappingProxyType({"q": Signal("q", ROLES["Query"]), **mine})
 
     @property
     def reads_itself(self) -> bool:
         """Whether the body returns ``(W, y)``; otherwise y = W q with the new W."""
-        return self._example()[1]
+        return self._example[1]
 
     @property
     def trace(self) -> Trace:
@@ -100,6 +99,10 @@ class Rule:
             return self.program.kind
         return self.program.kind.replace("decay scalar", "decay scalar or per channel")
 
+    def apply(self, states: Mapping[str, Any], signals: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """The body on those that it needs of the named states and signals of one token and one head: new states; y, or None."""
+        return self.token({n: states[n] for n in self.states}, {n: signals[n] for n in self.arguments.signals})
+
     def explain(self, known: Trace | None = None) -> str:
         """Why the rule runs only as a recurrence: the reason and the line."""
         known = known or self.trace
@@ -121,19 +124,19 @@ class Rule:
     def _written(self, latex: bool) -> str:
         known = self.trace
         if known.states is None:
-            return f"{next(iter(self.states))} \\leftarrow \\ldots" if latex else f"{next(iter(self.states))} ← ..."
+            return next(iter(self.states)) + (" \\leftarrow \\ldots" if latex else " ← ...")
         parts = dict(zip(self.states, known.states, strict=True))
-        return equations(parts | ({"y": known.output} if known.output is not None else {}), latex)
+        return equations(parts if known.output is None else parts | {"y": known.output}, latex)
 
     def trace_for(self, shapes: dict[str, tuple[int, ...]]) -> Trace:
         """The trace for given shapes of the states and signals of one token and one head."""
         key = tuple(sorted(shapes.items()))
-        known = self._traces.get(key)
-        if known is None:
-            known = trace(self, shapes)
-            if known.lasting:
-                self._traces[key] = known
-        return known
+        if key in self._traces:
+            return self._traces[key]
+        found = trace(self, shapes)
+        if found.lasting:
+            self._traces[key] = found
+        return found
 
     def expect_tensor(self, name: str, found: Any, expected: tuple[int, ...]) -> None:
         """A state that the body returned must be a tensor of the state's shape."""
@@ -146,28 +149,27 @@ class Rule:
     @property
     def shapes(self) -> tuple[int, ...]:
         """Which shapes of its roles the body accepts: 0 for decays per head, -1 for decays per channel."""
-        return self._example()[0]
+        return self._example[0]
 
+    @cached_property
     def _example(self) -> tuple[tuple[int, ...], bool]:
         """``shapes``, and whether the body reads by itself: found by running it once."""
-        if "example" not in self._facts:
-            accepted, reads, errors = [], False, []
-            several = any(len(s.role.spaces) > 1 for s in self.arguments.signals.values())
-            for pick in (0, -1) if several else (0,):
-                for dtype in (torch.float32, torch.float64):  # a body may hold a matrix of either
-                    try:
-                        reads = self.token(*self._constants(pick, dtype))[1] is not None
-                        accepted.append(pick)
-                        break
-                    except RuleError:
-                        raise
-                    except Exception as error:  # whatever a body may raise is told with its line
-                        errors.append(error)
-            if not accepted:
-                text = f"the body of rule {self.name!r} fails on tensors of the shapes of its roles\n  {line_of(errors[0])}\n  {errors[0]}"
-                raise RuleError(text) from errors[0]
-            self._facts["example"] = tuple(accepted), reads
-        return self._facts["example"]
+        accepted: dict[int, bool] = {}
+        errors: list[Exception] = []
+        several = any(len(s.role.spaces) > 1 for s in self.arguments.signals.values())
+        for pick, dtype in itertools.product((0, -1) if several else (0,), (torch.float32, torch.float64)):
+            if pick in accepted:  # a body may hold a matrix of either dtype
+                continue
+            try:
+                accepted[pick] = self.token(*self._constants(pick, dtype))[1] is not None
+            except RuleError:
+                raise
+            except Exception as error:  # whatever a body may raise is told with its line
+                errors.append(error)
+        if not accepted:
+            text = f"the body of rule {self.name!r} fails on tensors of the shapes of its roles\n  {line_of(errors[0])}\n  {errors[0]}"
+            raise RuleError(text) from errors[0]
+        return tuple(accepted), any(accepted.values())
 
     def _constants(self, pick: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         return [
@@ -184,26 +186,22 @@ class Rule:
             mine, theirs = self.arguments.signals[name], other.arguments.signals[name]
             if mine != theirs:
                 raise RuleError(f"{self.name} >> {other.name}: {name!r} is a {mine.role} in one and a {theirs.role} in the other")
-        ours, w = dict(self.states), next(iter(self.states))
-        rename = {next(iter(other.states)): w}
-        clash = {n for n in other.states if n in ours and n not in rename} & {w} | (
-            (ours.keys() | other.states.keys()) - {w} - set(rename)
-        ) & (self.arguments.signals.keys() | other.arguments.signals.keys())
-        clash |= {n for n, s in other.states.items() if n in ours and n not in rename and ours[n].role != s.role}
+        (w, *_), (_, *rest) = self.states, other.states
+        both = {**self.states, **{n: other.states[n] for n in rest}}
+        both_signals = {**self.arguments.signals, **other.arguments.signals}
+        clash = {n for n in rest if n in self.states and (n == w or self.states[n].role != other.states[n].role)}
+        clash |= (both.keys() - {w}) & both_signals.keys()
         if clash:
             raise RuleError(
                 f"{self.name} >> {other.name}: {', '.join(sorted(clash))} is one thing in one and another in the other; rename it"
             )
-        both = {**ours, **{n: s for n, s in other.states.items() if n not in rename}}
-        both_signals = {**self.arguments.signals, **other.arguments.signals}
 
         def token(states: dict[str, Any], signals: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-            states = dict(states)
-            new, y = self.token({n: states[n] for n in self.states}, {n: signals[n] for n in self.arguments.signals})
-            states.update(zip(self.states, new, strict=True))
-            theirs = {n: states[rename.get(n, n)] for n in other.states}
-            new, y2 = other.token(theirs, {n: signals[n] for n in other.arguments.signals})
-            states.update(zip((rename.get(n, n) for n in other.states), new, strict=True))
+            new, y = self.apply(states, signals)
+            states = states | dict(zip(self.states, new, strict=True))
+            theirs = dict(zip(other.states, (states[n] for n in (w, *rest)), strict=True))
+            new, y2 = other.apply(theirs, signals)
+            states = states | dict(zip((w, *rest), new, strict=True))
             return tuple(states[n] for n in both), y if y2 is None else y2
 
         return Rule(f"{self.name} >> {other.name}", token, named(both, both_signals), cite=_both(self.cite, other.cite))
@@ -259,20 +257,17 @@ class Rule:
 
     # ---- identity ----------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the mathematics of the rule: its arguments, and its values at fixed points (for JSON)."""
-        if "fingerprint" not in self._facts:
-            described = {n: f"{s.role}" + (f" x {s.sets}" if s.sets else "") for part in self.arguments for n, s in part.items()}
-            first = next(iter(self.states))
-            described["W"] = described.pop(first)
-            self._facts["fingerprint"] = {
-                "arguments": dict(sorted(described.items())),
-                "forms": list(self.forms),
-                "values": probe(self),
-                "equation": self.equation(),
-            }
-        return self._facts["fingerprint"]
+        described = {n: f"{s.role}" + (f" x {s.sets}" if s.sets else "") for part in self.arguments for n, s in part.items()}
+        described["W"] = described.pop(next(iter(self.states)))
+        return {
+            "arguments": dict(sorted(described.items())),
+            "forms": list(self.forms),
+            "values": probe(self),
+            "equation": self.equation(),
+        }
 
     def matches(self, fingerprint: Mapping[str, Any]) -> bool:
         """Whether a stored fingerprint is that of this rule, up to rounding.
@@ -294,7 +289,7 @@ class Rule:
         """The body itself, on the tensors (or symbols) of one token and one head."""
         names = [*self.states, *self.arguments.signals]
         given = dict(zip(names, args, strict=False)) | kwargs
-        states, y = self.token({n: given[n] for n in self.states}, {n: given[n] for n in self.arguments.signals})
+        states, y = self.apply(given, given)
         out = states if y is None else (*states, y)
         return out[0] if len(out) == 1 else out
 

@@ -5,8 +5,9 @@ The reference is the rule's own body in float64, one token after the other.
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +21,19 @@ from .scan import Output, scan
 
 TOLERANCE = 1e-10
 
+Case = tuple[dict[str, Any], tuple[Tensor, ...]]  # signals and states
+
 
 class Row(NamedTuple):
     """One line of a report. Errors are relative; ``passed`` is None where nothing was run, and ``note`` says why."""
 
     what: str
-    dtype: str
-    chunk: int | None
-    error: float | None
-    gradient: float | None
-    tokens_per_second: float | None
-    passed: bool | None
+    dtype: str = ""
+    chunk: int | None = None
+    error: float | None = None
+    gradient: float | None = None
+    tokens_per_second: float | None = None
+    passed: bool | None = None
     note: str = ""
 
 
@@ -60,13 +63,8 @@ def example(
 ) -> dict[str, Any]:  # fmt: skip
     """Random signals of sensible size for every role: keys of about unit length, rates and gates in (0, 1), decays of all kinds."""
     draw = torch.Generator().manual_seed(seed)
-    out = {}
-    for name, s in rule.signals.items():
-        space = s.role.spaces[-1 if per_channel else 0]
-        size = {"scalar": (), "key": (K,), "value": (V,), "matrix": (V, K)}[space]
-        shape = (B, T, H, *(() if s.sets is None else (s.sets,)), *size)
-        out[name] = _draw(s, shape, draw).to(dtype)
-    return out
+    pick = -1 if per_channel else 0
+    return {n: _draw(s, (B, T, H, *s.shapes(K, V)[pick]), draw).to(dtype) for n, s in rule.signals.items()}
 
 
 def _draw(s: Signal, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
@@ -92,22 +90,21 @@ def distance(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / (b.double().norm() + 1e-300)).item()
 
 
-def _states(out: Output) -> tuple[Tensor, ...]:
-    return out.state if isinstance(out.state, tuple) else (out.state,)
-
-
-def _error(out: Output, want: Output) -> float:
-    return max(distance(a, b) for a, b in zip((out.y, *_states(out)), (want.y, *_states(want)), strict=True))
+def _parts(out: Output) -> tuple[Tensor, ...]:
+    return (out.y, *out.state) if isinstance(out.state, tuple) else (out.y, out.state)
 
 
 def gradients(rule: Rule, signals: dict[str, Any], state: tuple[Tensor, ...], **how: Any) -> list[Tensor]:
     """Gradients of a fixed function of the outputs with respect to every signal and state."""
-    leaves = {n: x.detach().clone().requires_grad_() for n, x in signals.items()}
-    states = [s.detach().clone().requires_grad_() for s in state]
-    out = scan(rule, **leaves, state=tuple(states), **how)
-    total = sum((x.double() * _pattern(x)).sum() for x in (out.y, *_states(out)))
-    found = torch.autograd.grad(total, [*leaves.values(), *states], allow_unused=True)  # type: ignore[arg-type]
-    return [torch.zeros_like(x) if g is None else g for x, g in zip([*leaves.values(), *states], found, strict=True)]
+    leaves = [x.detach().clone().requires_grad_() for x in (*signals.values(), *state)]
+    return list(torch.autograd.grad(_weighed(rule, signals, leaves, **how), leaves, materialize_grads=True))
+
+
+def _weighed(rule: Rule, names: Iterable[str], leaves: list[Tensor], **how: Any) -> Tensor:
+    """A fixed function of the outputs and final states, given the signals of these names and then the states."""
+    signals = dict(zip(names, leaves, strict=False))
+    out = scan(rule, **signals, state=tuple(leaves[len(signals) :]), **how)
+    return torch.stack([(x.double() * _pattern(x)).sum() for x in _parts(out)]).sum()
 
 
 def _pattern(x: Tensor) -> Tensor:
@@ -125,96 +122,80 @@ def check(rule: Rule, *, seed: int = 0, T: int = 33, chunk_sizes: tuple[int, ...
     True
     """
     require_rule(rule)
-    rows = [*_reference_rows(rule, seed, T)]
-    reference = rows[-1]
+    cases = [_case(rule, seed, T, pick == -1) for pick in rule.shapes]
+    rounding = _error(rule, cases, torch.float32, form="recurrent")
+    allowed = 2 * rounding + torch.finfo(torch.float32).eps
+    rows = [_reference(rule, cases), Row("recurrent", "float32", error=rounding, note="the rounding of the rule itself, for comparison")]
     for form in FORMS[1:]:
         if form not in rule.forms:
-            rows.append(Row(form, "", None, None, None, None, None, f"refused: {rule.trace.reason}"))
+            rows.append(Row(form, note=f"refused: {rule.trace.reason}"))
             continue
-        for size in chunk_sizes if form == "chunk" else (None,):
-            how = {"form": form} | ({"chunk_size": size} if size else {})
-            rows.append(_form_row(rule, seed, T, how, size))
-        rows.append(_single_row(rule, seed, T, form, reference.error or 0.0))
+        rows += [_double(rule, cases, form, size) for size in (chunk_sizes if form == "chunk" else (None,))]
+        error = _error(rule, cases, torch.float32, form=form)
+        note = f"allowed {allowed:.1e}, twice the rounding of the recurrence"
+        rows.append(Row(form, "float32", error=error, passed=error <= allowed, note=note))
     if rule.objective is not None:
         error = descent_error(rule, rule.objective, seed)
-        rows.append(Row("objective", "float64", None, error, None, None, error < TOLERANCE, rule.objective.equation))
+        rows.append(Row("objective", "float64", error=error, passed=error < TOLERANCE, note=rule.objective.equation))
     return Report(rule.name, rows)
 
 
-def _variants(rule: Rule, seed: int, T: int, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], tuple[Tensor, ...]]]:
-    """Signals and states: decays per head and per channel, where the rule takes both."""
-    for pick in rule.shapes:
-        signals = example(rule, T=T, per_channel=pick == -1, seed=seed)
-        draw = torch.Generator().manual_seed(seed + 1)
-        shapes = [s.shapes(5, 4)[0] for s in rule.states.values()]
-        states = tuple(0.3 * torch.rand((2, 2, *shape), generator=draw, dtype=torch.float64) for shape in shapes)
-        yield {n: x.to(dtype) for n, x in signals.items()}, tuple(s.to(dtype) for s in states)
+def _case(rule: Rule, seed: int, T: int, per_channel: bool) -> Case:
+    draw = torch.Generator().manual_seed(seed + 1)
+    shapes = [s.shapes(5, 4)[0] for s in rule.states.values()]
+    states = tuple(0.3 * torch.rand((2, 2, *shape), generator=draw, dtype=torch.float64) for shape in shapes)
+    return example(rule, T=T, per_channel=per_channel, seed=seed), states
 
 
-def _reference_rows(rule: Rule, seed: int, T: int) -> list[Row]:
-    split, gradient, single = 0.0, 0.0, 0.0
-    for signals, state in _variants(rule, seed, T, torch.float64):
-        whole = scan(rule, **signals, state=state, form="recurrent")
-        cut = T // 3
+def _error(rule: Rule, cases: list[Case], dtype: torch.dtype = torch.float64, **how: Any) -> float:
+    """The largest distance of outputs and final states from those of the body in float64."""
+    errors = []
+    for signals, states in cases:
+        want = scan(rule, **signals, state=states, form="recurrent")
+        out = scan(rule, **{n: x.to(dtype) for n, x in signals.items()}, state=tuple(s.to(dtype) for s in states), **how)
+        errors += [distance(a, b) for a, b in zip(_parts(out), _parts(want), strict=True)]
+    return max(errors)
+
+
+def _reference(rule: Rule, cases: list[Case]) -> Row:
+    """The body itself: a sequence split in two, and its gradient."""
+    split = gradient = 0.0
+    for signals, state in cases:
+        cut = next(iter(signals.values())).shape[1] // 3
         first = scan(rule, **{n: x[:, :cut] for n, x in signals.items()}, state=state, form="recurrent")
         rest = scan(rule, **{n: x[:, cut:] for n, x in signals.items()}, state=first.state, form="recurrent")
-        split = max(split, _error(Output(torch.cat([first.y, rest.y], 1), rest.state), whole))
+        whole = scan(rule, **signals, state=state, form="recurrent")
+        joined = Output(torch.cat([first.y, rest.y], 1), rest.state)
+        split = max(split, *(distance(a, b) for a, b in zip(_parts(joined), _parts(whole), strict=True)))
         gradient = max(gradient, _finite_difference(rule, signals, state))
-        low = scan(rule, **{n: x.float() for n, x in signals.items()}, state=tuple(s.float() for s in state), form="recurrent")
-        single = max(single, _error(low, whole))
-    speed = _speed(rule, "recurrent")
-    return [
-        Row(
-            "recurrent",
-            "float64",
-            None,
-            split,
-            gradient,
-            speed,
-            split < TOLERANCE and gradient < 1e-5,
-            "the error is that of a split sequence, the gradient is compared with finite differences",
-        ),
-        Row("recurrent", "float32", None, single, None, None, None, "the rounding of the rule itself, for comparison"),
-    ]
+    note = "the error is that of a split sequence, the gradient is compared with finite differences"
+    passed = split < TOLERANCE and gradient < 1e-5
+    return Row("recurrent", "float64", None, split, gradient, _speed(rule, "recurrent"), passed, note)
 
 
 def _finite_difference(rule: Rule, signals: dict[str, Any], state: tuple[Tensor, ...]) -> float:
     """The derivative along one direction, by autograd and by central differences."""
     short = {n: x[:1, :5, :1] - 0.01 * rule.signals[n].role.log_decay for n, x in signals.items()}
     start = tuple(s[:1, :1] for s in state)
-    leaves = [*short.values(), *start]
 
     def at(h: float) -> float:
-        moved = [x + h * _pattern(x) for x in leaves]
-        out = scan(rule, **dict(zip(short, moved, strict=False)), state=tuple(moved[len(short) :]), form="recurrent")
-        return sum((x * _pattern(x)).sum().item() for x in (out.y, *_states(out)))
+        return _weighed(rule, short, [x + h * _pattern(x) for x in (*short.values(), *start)], form="recurrent").item()
 
     h = 1e-6
-    found = gradients(rule, short, start, form="recurrent")
-    exact = sum((g * _pattern(g)).sum().item() for g in found)
+    exact = sum((g * _pattern(g)).sum().item() for g in gradients(rule, short, start, form="recurrent"))
     return abs((at(h) - at(-h)) / (2 * h) - exact) / (abs(exact) + 1e-3)
 
 
-def _form_row(rule: Rule, seed: int, T: int, how: dict[str, Any], size: int | None) -> Row:
-    error, gradient = 0.0, 0.0
-    for signals, state in _variants(rule, seed, T, torch.float64):
-        want = scan(rule, **signals, state=state, form="recurrent")
-        error = max(error, _error(scan(rule, **signals, state=state, **how), want))
-        ours, theirs = gradients(rule, signals, state, **how), gradients(rule, signals, state, form="recurrent")
-        gradient = max(gradient, distance(torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in theirs])))
-    speed = _speed(rule, how["form"]) if size in (None, 16) else None
-    return Row(how["form"], "float64", size, error, gradient, speed, max(error, gradient) < TOLERANCE)
+def _double(rule: Rule, cases: list[Case], form: str, size: int | None) -> Row:
+    """A form in float64: what it computes and its gradients, against the body."""
 
+    def slopes(case: Case, **how: Any) -> Tensor:
+        return torch.cat([g.flatten() for g in gradients(rule, *case, **how)])
 
-def _single_row(rule: Rule, seed: int, T: int, form: str, rounding: float) -> Row:
-    error = 0.0
-    for (signals, state), (double, start) in zip(
-        _variants(rule, seed, T, torch.float32), _variants(rule, seed, T, torch.float64), strict=True
-    ):
-        want = scan(rule, **double, state=start, form="recurrent")
-        error = max(error, _error(scan(rule, **signals, state=state, form=form), want))
-    allowed = 2 * rounding + torch.finfo(torch.float32).eps
-    return Row(form, "float32", None, error, None, None, error <= allowed, f"allowed {allowed:.1e}, twice the rounding of the recurrence")
+    error = _error(rule, cases, form=form, chunk_size=size)
+    gradient = max(distance(slopes(case, form=form, chunk_size=size), slopes(case, form="recurrent")) for case in cases)
+    speed = _speed(rule, form) if size in (None, 16) else None
+    return Row(form, "float64", size, error, gradient, speed, max(error, gradient) < TOLERANCE)
 
 
 def _speed(rule: Rule, form: str) -> float:
@@ -242,11 +223,6 @@ def descent_error(rule: Rule, objective: Objective, seed: int = 0) -> float:
     start = W if objective.first is None else objective.first(W, **{n: signals[n] for n in objective.first.arguments.signals})
     rate = mine[objective.rate] if isinstance(objective.rate, str) else objective.rate
     at = new if objective.proximal else start
-    slope = torch.func.grad(objective.loss)(at, **_arguments(objective.loss, mine))
+    arguments = list(inspect.signature(objective.loss).parameters)[1:]
+    slope = torch.func.grad(objective.loss)(at, **{n: mine[n] for n in arguments})
     return distance(new, start - rate * slope)
-
-
-def _arguments(fn: Callable[..., Any], signals: dict[str, Any]) -> dict[str, Any]:
-    import inspect
-
-    return {n: signals[n] for n in list(inspect.signature(fn).parameters)[1:]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..language.errors import SignalError, SignalTypeError
-from ..language.roles import Signal
 from ..language.rule import Rule
 
 
@@ -68,28 +67,34 @@ def check(
     _names(rule, signals, optional)
     _tensors(rule, signals)
     given = {n: x if time or x.ndim < 2 else x.unsqueeze(1) for n, x in signals.items()}
-    expected = {n: rule.signals[n] for n in given}
-    _ranks(rule, expected, given, time)
-    B, T = _agree(rule, given, time)
-    sizes = _sizes(rule, expected, given, state, optional)
-    H = _heads(rule, given, state)
+    _ranks(rule, signals, given, time)
+    hint = f"; signals are (B, {'T, ' if time else ''}H, ...)"
+    B = _common(rule, "B", {n: x.shape[0] for n, x in given.items()}, hint)
+    T = _common(rule, "T", {n: x.shape[1] for n, x in given.items()}, hint)
+    w = state[0] if isinstance(state, (tuple, list)) and state else state
+    w = w if isinstance(w, Tensor) and w.ndim == 4 else None
+    K = _channels(rule, given, "K", None if w is None else w.shape[3])
+    one_hot = T if "v" in optional else None  # values that are left out are one-hot in time
+    V = _channels(rule, given, "V", one_hot if w is None else w.shape[2])
+    H = _heads(rule, given, w)
     for n, x in given.items():
-        if not any(tuple(x.shape[3:]) == shape for shape in expected[n].shapes(*sizes)):
-            want = " or ".join(map(str, expected[n].shapes(*sizes)))
+        role, shapes = rule.signals[n].role, rule.signals[n].shapes(K, V)
+        if tuple(x.shape[3:]) not in shapes:
             raise SignalError(
-                f"{rule.name}: signal {n!r} ({expected[n].role}) has shape {tuple(signals[n].shape)}: for one token and head it is "
-                f"{tuple(x.shape[3:])}, expected {want}, with K = {sizes[0]} and V = {sizes[1]}"
+                f"{rule.name}: signal {n!r} ({role}) has shape {tuple(signals[n].shape)}: for one token and head it is "
+                f"{tuple(x.shape[3:])}, expected {' or '.join(map(str, shapes))}, with K = {K} and V = {V}"
             )
-        if expected[n].role.log_decay and x.numel() and may_look() and bool((x > 0).any()):
+        if role.log_decay and x.numel() and may_look() and bool((x > 0).any()):
             raise SignalError(
                 f"{rule.name}: signal {n!r} is the log of a decay and must be <= 0, but its largest value is {x.max().item():g}; "
                 "pass decay.log(), or -softplus(...)"
             )
-    dtype, out, device = _dtypes(rule, given, expected)
-    states = _states(rule, state, (B, H, *sizes), dtype, device)
+    out, device = _dtype_and_device(rule, given)
+    dtype = torch.float64 if out == torch.float64 else torch.float32
+    states = _states(rule, state, (B, H, K, V), dtype, device)
     if reset is not None:
         _check_reset(rule, reset, (B, T), device)
-    return Inputs(rule, given, states, reset, B, T, H, *sizes, dtype, out, device)
+    return Inputs(rule, given, states, reset, B, T, H, K, V, dtype, out, device)
 
 
 def _names(rule: Rule, signals: Mapping[str, Any], optional: tuple[str, ...]) -> None:
@@ -97,8 +102,8 @@ def _names(rule: Rule, signals: Mapping[str, Any], optional: tuple[str, ...]) ->
     missing = [n for n in rule.signals if n not in signals and n not in optional]
     signature = ", ".join(f"{n}: {s.role}" for n, s in rule.signals.items())
     if unknown:
-        near = [f"{n!r} (did you mean {m[0]!r}?)" if (m := difflib.get_close_matches(n, rule.signals, 1)) else repr(n) for n in unknown]
-        raise SignalError(f"{rule.name}: unknown signal {', '.join(near)}; the signals are {signature}")
+        near = ", ".join(f"{n!r}{_did_you_mean(n, rule.signals)}" for n in unknown)
+        raise SignalError(f"{rule.name}: unknown signal {near}; the signals are {signature}")
     if missing or not signals:
         missing = missing or list(rule.signals)
         raise SignalError(f"{rule.name}: missing signal {', '.join(map(repr, missing))}; the signals are {signature}")
@@ -114,49 +119,37 @@ def _tensors(rule: Rule, signals: Mapping[str, Any]) -> None:
             raise SignalTypeError(f"{rule.name}: signal {n!r} has dtype {x.dtype}, expected a real floating-point dtype; pass {n}.float()")
 
 
-def _ranks(rule: Rule, expected: dict[str, Signal], given: dict[str, Tensor], time: bool) -> None:
+def _ranks(rule: Rule, signals: Mapping[str, Tensor], given: dict[str, Tensor], time: bool) -> None:
     for n, x in given.items():
-        if x.ndim - 3 not in [len(shape) for shape in expected[n].shapes(1, 1)]:
-            letters = expected[n].letters() if time else expected[n].letters().replace("T, ", "")
-            shape = tuple(x.shape if time or x.ndim < 2 else x.squeeze(1).shape)
-            raise SignalError(f"{rule.name}: signal {n!r} ({expected[n].role}) has shape {shape}, expected {letters}")
+        expected = rule.signals[n]
+        if x.ndim - 3 not in map(len, expected.shapes(1, 1)):
+            letters = expected.letters() if time else expected.letters().replace("T, ", "")
+            raise SignalError(f"{rule.name}: signal {n!r} ({expected.role}) has shape {tuple(signals[n].shape)}, expected {letters}")
 
 
-def _agree(rule: Rule, given: dict[str, Tensor], time: bool) -> tuple[int, int]:
-    first, lead = next(iter(given.items()))
-    for axis, letter in ((0, "B"), (1, "T")):
-        for n, x in given.items():
-            if x.shape[axis] != lead.shape[axis]:
-                raise SignalError(
-                    f"{rule.name}: signal {n!r} has {letter} = {x.shape[axis]}, but {first!r} has {letter} = {lead.shape[axis]}; "
-                    f"signals are (B, {'T, ' if time else ''}H, ...)"
-                )
-    return lead.shape[0], lead.shape[1]
+def _common(rule: Rule, letter: str, sizes: dict[str, int], hint: str = "") -> int:
+    """The size that all signals share."""
+    first, size = next(iter(sizes.items()))
+    for n, found in sizes.items():
+        if found != size:
+            raise SignalError(f"{rule.name}: signal {n!r} has {letter} = {found}, but {first!r} has {letter} = {size}{hint}")
+    return size
 
 
-def _sizes(rule: Rule, expected: dict[str, Signal], given: dict[str, Tensor], state: Any, optional: tuple[str, ...]) -> tuple[int, int]:
-    """K and V, from the first signal that must have them, or from the state."""
-    found = []
-    for space, letter, axis in (("key", "K", 3), ("value", "V", 2)):
-        have = [(n, given[n].shape[-1]) for n, s in expected.items() if s.role.spaces == (space,)]
-        if not have and space == "value" and "v" in optional:
-            have = [("T", next(iter(given.values())).shape[1])]  # the values are one-hot in time
-        if not have:
-            w = state[0] if isinstance(state, (tuple, list)) and state else state
-            if not isinstance(w, Tensor) or w.ndim != 4:
-                raise SignalError(f"{rule.name}: no signal tells {letter}; pass state=, of shape (B, H, V, K)")
-            have = [("state", w.shape[axis])]
-        for n, size in have[1:]:
-            if size != have[0][1]:
-                raise SignalError(f"{rule.name}: signal {n!r} has {letter} = {size}, but {have[0][0]!r} has {letter} = {have[0][1]}")
-        found.append(have[0][1])
-    return found[0], found[1]
+def _channels(rule: Rule, given: dict[str, Tensor], letter: str, otherwise: int | None) -> int:
+    """K or V, from the signals that must have them, or from elsewhere."""
+    space = {"K": "key", "V": "value"}[letter]
+    sizes = {n: x.shape[-1] for n, x in given.items() if rule.signals[n].role.spaces == (space,)}
+    if sizes:
+        return _common(rule, letter, sizes)
+    if otherwise is None:
+        raise SignalError(f"{rule.name}: no signal tells {letter}; pass state=, of shape (B, H, V, K)")
+    return otherwise
 
 
-def _heads(rule: Rule, given: dict[str, Tensor], state: Any) -> int:
-    w = state[0] if isinstance(state, (tuple, list)) and state else state
+def _heads(rule: Rule, given: dict[str, Tensor], w: Tensor | None) -> int:
     counts = {n: x.shape[2] for n, x in given.items()}
-    if isinstance(w, Tensor) and w.ndim == 4 and not any(s.role.spaces == ("value",) for s in rule.signals.values()):
+    if w is not None and not any(s.role.spaces == ("value",) for s in rule.signals.values()):
         counts["state"] = w.shape[1]
     H = max(counts.values())
     for n, h in counts.items():
@@ -168,10 +161,10 @@ def _heads(rule: Rule, given: dict[str, Tensor], state: Any) -> int:
     return H
 
 
-def _dtypes(rule: Rule, given: dict[str, Tensor], expected: dict[str, Signal]) -> tuple[torch.dtype, torch.dtype, torch.device]:
+def _dtype_and_device(rule: Rule, given: dict[str, Tensor]) -> tuple[torch.dtype, torch.device]:
     """One device; one dtype, except that numbers and decays may be float32 beside 16-bit vectors."""
-    vectors = {n: x for n, x in given.items() if expected[n].role.name.endswith(("Query", "Key", "Value"))} or given
-    lead = next((n for n in vectors if expected[n].role.name == "Value"), next(iter(vectors)))
+    vectors = {n: x for n, x in given.items() if rule.signals[n].role.name.endswith(("Query", "Key", "Value"))} or given
+    lead = next((n for n in vectors if rule.signals[n].role.name == "Value"), next(iter(vectors)))
     dtype, device = given[lead].dtype, given[lead].device
     for n, x in given.items():
         if x.device != device:
@@ -182,7 +175,7 @@ def _dtypes(rule: Rule, given: dict[str, Tensor], expected: dict[str, Signal]) -
                 f"{rule.name}: signal {n!r} has dtype {x.dtype}, but {lead!r} has {dtype}; use one dtype "
                 "(only gates and decays may be float32 beside 16-bit keys, queries and values)"
             )
-    return (torch.float64 if dtype == torch.float64 else torch.float32), dtype, device
+    return dtype, device
 
 
 def _states(rule: Rule, state: Any, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -230,7 +223,10 @@ def whole_number(rule: Rule, name: str, value: Any) -> int:
 def one_of(rule: Rule, name: str, value: Any, known: tuple[str, ...]) -> str:
     """An option that names one of a few things."""
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise SignalError(f"{rule.name}: unknown {name} {value!r}{hint}; known: {', '.join(known)}")
+        raise SignalError(f"{rule.name}: unknown {name} {value!r}{_did_you_mean(str(value), known)}; known: {', '.join(known)}")
     return value
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

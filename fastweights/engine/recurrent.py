@@ -17,8 +17,7 @@ def recurrent(given: Inputs, each: Callable[[tuple[Tensor, ...]], None] | None =
     """The outputs (B, T, H, ...) and the final states; ``each`` is shown the states after every token."""
     one = _over_batch_and_heads(given)
     states = given.states
-    names = list(given.signals)
-    columns = [given.signals[n].unbind(1) for n in names]
+    columns = [x.unbind(1) for x in given.signals.values()]
     resets = None if given.reset is None else given.reset.unbind(1)
     outputs = []
     for t in range(given.T):
@@ -48,7 +47,7 @@ def _over_batch_and_heads(given: Inputs) -> Step:
 
     def one(states: tuple[Tensor, ...], token: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
         signals = dict(zip(names, token, strict=True))
-        new, y = rule.token(dict(zip(rule.states, states, strict=True)), {n: signals[n] for n in rule.arguments.signals})
+        new, y = rule.apply(dict(zip(rule.states, states, strict=True)), signals)
         new = tuple(_like(n, s) for n, s in zip(new, states, strict=True))
         if y is None:
             y = new[0] @ signals["q"] if "q" in signals else new[0].new_zeros(new[0].shape[:1])

@@ -27,6 +27,9 @@ class Lin:
     reads: tuple[Reading, ...] = ()
     axis: int | None = None
 
+    def __add__(self, other: Lin) -> Lin:
+        return Lin(plus(self.const, other.const), self.reads + other.reads, self.axis)
+
 
 def plus(a: Expr | None, b: Expr | None) -> Expr | None:
     return b if a is None else a if b is None else a + b
@@ -48,6 +51,19 @@ class Folded:
         for u, w in self.write:
             const = plus(const, u * (w @ q))
         return key, const
+
+    def read_back(self, read: Expr, q: Expr) -> Expr:
+        """Reading the transpose now at q, given that ``read`` of S."""
+        out = self.decay.of(read)
+        for x, y in self.erase:
+            out = out + y * (x @ read)
+        for u, w in self.write:
+            out = out + w * (u @ q)
+        return out
+
+
+def is_one(x: Expr | None) -> bool:
+    return x is not None and x.op == "constant" and bool((x.args[0] == 1).all())
 
 
 def times(c: Expr, x: Expr) -> Expr:
@@ -77,10 +93,7 @@ def fold(chain: Chain, start: int) -> Folded:
 
 def common(a: Chain, b: Chain) -> int:
     """How many first micro-steps two chains share."""
-    n = 0
-    while n < min(len(a), len(b)) and a[n] is b[n]:
-        n += 1
-    return n
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x is not y), min(len(a), len(b)))
 
 
 def shared_version(a: Chain, b: Chain) -> int:
@@ -92,13 +105,12 @@ def shared_version(a: Chain, b: Chain) -> int:
     return version
 
 
-def read_from(chain: Chain, q: Expr, base: Chain) -> tuple[int, Expr, Expr | None]:
-    """A read after ``chain`` as one of a version of ``base``: version, key, constant."""
-    if common(chain, base) == len(chain):
-        return len(chain), q, None
-    version = shared_version(chain, base)
-    key, const = fold(chain, version).read(q)
-    return version, key, const
+def since(chain: Chain, base: Chain) -> tuple[int, Folded]:
+    """A version of ``base``, and what happened from there until after ``chain``."""
+    version = common(chain, base)
+    if version < len(chain):
+        version = shared_version(chain, base)
+    return version, fold(chain, version)
 
 
 def decays(chain: Chain, by: Decays) -> Chain:
@@ -118,7 +130,8 @@ def writes(chain: Chain, left: Lin, key: Expr) -> Chain:
     base = chain[:-1] if chain and chain[-1].only_decays else chain
     const, reads = left.const, dict[int, Expr]()
     for reading in left.reads:
-        version, q, c = read_from(reading.chain, reading.q, base)
+        version, later = since(reading.chain, base)
+        q, c = later.read(reading.q)
         const = plus(const, c)
         reads[version] = q if version not in reads else reads[version] + q
     for version, x in sorted(reads.items(), reverse=True) or [(len(chain), None)]:

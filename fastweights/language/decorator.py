@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import typing
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -21,15 +20,14 @@ _RESERVED = {"rule", "state", "reset", "form", "backend", "chunk_size"}
 def _roles(fn: Callable[..., Any], name: str) -> dict[str, Role]:
     """The roles of a body's arguments, W's included."""
     try:
-        hints = typing.get_type_hints(fn, include_extras=True)
+        parameters = list(inspect.signature(fn, eval_str=True).parameters.values())
     except NameError as error:
         raise RuleError(f"rule {name!r}: {error}; import the roles at the top of the file: from fastweights import Key, ...") from error
-    parameters = list(inspect.signature(fn).parameters.values())
     if not parameters:
         raise RuleError(f"rule {name!r} has no arguments; the first is W, as in def {name}(W, k: Key, v: Value)")
     roles = {parameters[0].name: ROLES["Matrix"]}
     for p in parameters[1:]:
-        role = next((m for m in getattr(hints.get(p.name), "__metadata__", ()) if isinstance(m, Role)), None)
+        role = next((m for m in getattr(p.annotation, "__metadata__", ()) if isinstance(m, Role)), None)
         if role is None or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty:
             raise RuleError(
                 f"argument {p.name!r} of rule {name!r} needs a role and no default, as in {p.name}: Key; the roles are {', '.join(ROLES)}"

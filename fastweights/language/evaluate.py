@@ -6,7 +6,6 @@ with fewer heads is never repeated. Pointwise functions broadcast as they are; a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,12 +16,11 @@ from torch.utils import _pytree as pytree
 from .expr import Expr, ordered
 
 _POINTWISE = frozenset(
-    re.split(
-        r"\s+",
-        "add sub mul div neg pow abs mod exp exp2 expm1 log log2 log1p sigmoid logsigmoid log_sigmoid tanh relu silu gelu elu "
-        "softplus sqrt rsqrt square reciprocal sin cos maximum minimum clamp clamp_min clamp_max where lt le gt ge eq ne "
-        "and or xor invert erf sign floor detach",
-    )
+    """
+    add mul div neg pow abs mod exp exp2 expm1 log log2 log1p sigmoid logsigmoid log_sigmoid tanh relu silu gelu elu softplus
+    sqrt rsqrt square reciprocal sin cos maximum minimum clamp clamp_min clamp_max where lt le gt ge eq ne and or xor invert
+    erf sign floor detach
+    """.split()  # noqa: SIM905
 )
 
 
@@ -68,8 +66,7 @@ def _aligned(node: Expr, args: Any, lead: int) -> list[Any]:
     out = []
     for given, value in zip(node.args, args, strict=True):
         if isinstance(given, Expr) and _has_lead(value, given, lead):
-            for _ in range(rank - given.meta.ndim):
-                value = value.unsqueeze(lead)
+            value = value[(slice(None),) * lead + (None,) * (rank - given.meta.ndim)]
         out.append(value)
     return out
 
@@ -86,24 +83,20 @@ def _matmul(node: Expr, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mapped(node: Expr, args: Any, kwargs: Any, lead: int) -> Any:
-    given = pytree.tree_leaves((node.args, node.kwargs))
     flat, spec = pytree.tree_flatten((args, kwargs))
-    mapped = [i for i, g in enumerate(given) if isinstance(g, Expr) and _has_lead(flat[i], g, lead)]
+    given = pytree.tree_leaves((node.args, node.kwargs))
+    mapped = {i: flat[i] for i, e in enumerate(given) if isinstance(e, Expr) and _has_lead(flat[i], e, lead)}
     if not mapped:
         return node.fn(*args, **kwargs)
-    shape = torch.broadcast_shapes(*(flat[i].shape[:lead] for i in mapped))
-    tensors = [flat[i].expand(*shape, *flat[i].shape[lead:]) for i in mapped]
+    shape = torch.broadcast_shapes(*(x.shape[:lead] for x in mapped.values()))
 
-    def one(*values: Tensor) -> Any:
-        filled = list(flat)
-        for i, value in zip(mapped, values, strict=True):
-            filled[i] = value
-        a, k = pytree.tree_unflatten(filled, spec)
+    def one(values: dict[int, Tensor]) -> Any:
+        a, k = pytree.tree_unflatten([values.get(i, x) for i, x in enumerate(flat)], spec)
         return node.fn(*a, **k)
 
     for _ in range(lead):
         one = torch.vmap(one)
-    return one(*tensors)
+    return one({i: x.expand(*shape, *x.shape[lead:]) for i, x in mapped.items()})
 
 
 def _has_lead(value: Any, expr: Expr, lead: int) -> bool:

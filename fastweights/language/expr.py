@@ -9,6 +9,7 @@ from __future__ import annotations
 import linecache
 import operator
 import sys
+import traceback
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ _SAME = {
 }  # fmt: skip
 _KEYWORDS = ("input", "self", "other", "vec", "vec2", "mat2", "exponent", "tensor")  # of functions of one or two tensors
 _SAME_VALUE = ("clone", "contiguous")
+_MADE_OF: dict[str, Callable[..., Any]] = {
+    "sub": lambda a, b: a + -(b if isinstance(b, Expr) else a.tape.constant(b)),
+    "addr": lambda a, u, w: a + torch.outer(u, w),
+    "lerp": lambda a, b, weight: a + weight * (b - a),
+}
+COLUMN, ROW = (slice(None), None), (None, slice(None))  # how a vector is indexed where it becomes one, however that was written
 _RANDOM = ("dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal", "rrelu")
 _PACKAGE = str(Path(__file__).parents[1])
 _RULES = str(Path(__file__).parents[1] / "rules")
@@ -40,9 +47,9 @@ def is_outside(file: str) -> bool:
 class DataDependent(Exception):
     """The body asked for the value of a symbol: its control flow depends on data."""
 
-    def __init__(self, what: str, where: Where) -> None:
+    def __init__(self, what: str) -> None:
         super().__init__(what)
-        self.what, self.where = what, where
+        self.what, self.where = what, Where.caller()
 
 
 class Where:
@@ -54,10 +61,8 @@ class Where:
     @classmethod
     def caller(cls) -> Where:
         """The innermost line outside this package's language and outside torch."""
-        frame = sys._getframe(1)
-        while frame.f_back is not None and not is_outside(frame.f_code.co_filename):
-            frame = frame.f_back
-        return cls(frame.f_code.co_filename, frame.f_lineno)
+        frames = traceback.walk_stack(sys._getframe(1))
+        return next(cls(frame.f_code.co_filename, line) for frame, line in frames if is_outside(frame.f_code.co_filename))
 
     def __str__(self) -> str:
         text = linecache.getline(self.file, self.line).strip()
@@ -101,10 +106,14 @@ class Tape:
             return args[0] if name in _SAME_VALUE else args[0].args[0]
         if name in ("max", "min") and len(args) == 2 and isinstance(args[1], (Expr, Tensor)):
             return self.record(getattr(torch, f"{name}imum"), *args)
+        if name in _MADE_OF and not kwargs:
+            return _MADE_OF[name](*args)
         meta = self._meta(fn, name, args, kwargs)
         if name in ("zeros_like", "ones_like", "new_zeros", "new_ones"):
             return torch.full(meta.shape, float("ones" in name), dtype=torch.float64)
         if isinstance(meta, Tensor):
+            if not kwargs and (index := _line(name, args, meta)):
+                name, fn, args = "getitem", operator.getitem, (args[0], index)
             return self._stopped(self._node(name, fn, args, kwargs, meta))
         if isinstance(meta, (tuple, list)) and meta and all(isinstance(m, Tensor) for m in meta):
             whole = self._node(name, fn, args, kwargs, meta[0])
@@ -119,7 +128,7 @@ class Tape:
             return fn(*meta_args, **meta_kwargs)
         except (RuntimeError, NotImplementedError) as error:
             if "meta" in str(error).lower() or "data-dependent" in str(error).lower():
-                raise DataDependent(name, Where.caller()) from error
+                raise DataDependent(name) from error
             raise
 
     def _stopped(self, node: Expr) -> Expr:
@@ -129,7 +138,7 @@ class Tape:
         return self._node("detach", torch.Tensor.detach, (node,), {}, node.meta)
 
     def _node(self, op: str, fn: Any, args: tuple, kwargs: dict, meta: Tensor) -> Expr:
-        key = (op, _key(args), _key(kwargs))
+        key = (op, _key(args), _key(sorted(kwargs.items())))
         if key not in self._known:
             node = Expr(self, len(self.nodes), op, fn, args, kwargs, meta, self.blame or Where.caller())
             self.nodes.append(node)
@@ -144,6 +153,29 @@ def in_place(what: str) -> RuleError:
     )
 
 
+def _line(name: str, args: Any, meta: Tensor) -> Any:
+    """``COLUMN`` or ``ROW`` where a vector becomes one, None elsewhere."""
+    x, *how = args
+    if not isinstance(x, Expr) or x.meta.ndim != 1 or meta.ndim != 2 or meta.numel() != x.meta.numel():
+        return None
+    match name, how:
+        case "unsqueeze", [axis]:
+            return (ROW, COLUMN)[axis % 2]
+        case (("reshape" | "view"), _) if 1 in meta.shape:
+            return COLUMN if meta.shape[1] == 1 else ROW
+        case "getitem", [tuple() as index] if all(i is None or i is Ellipsis or isinstance(i, slice) for i in index):
+            return ROW if index[0] is None else COLUMN
+        case "getitem", [None]:
+            return ROW
+    return None
+
+
+def added_axis(x: Any) -> int | None:
+    """0 where a vector becomes a row, 1 where it becomes a column, None elsewhere."""
+    index = x.args[1] if isinstance(x, Expr) and x.op == "getitem" else None
+    return 0 if index is ROW else 1 if index is COLUMN else None
+
+
 def _to_meta(x: Any) -> Any:
     if isinstance(x, Expr):
         return x.meta
@@ -153,17 +185,12 @@ def _to_meta(x: Any) -> Any:
 
 
 def _key(x: Any) -> Any:
-    if isinstance(x, Expr):
-        return ("expr", x.index)
-    if isinstance(x, Tensor):
-        return ("tensor", id(x))
     if isinstance(x, slice):
         return ("slice", _key(x.start), _key(x.stop), _key(x.step))
     if isinstance(x, (tuple, list)):
         return (type(x).__name__, *map(_key, x))
-    if isinstance(x, dict):
-        return ("dict", *((k, _key(v)) for k, v in sorted(x.items())))
-    return (type(x).__name__, x if getattr(x, "__hash__", None) else id(x))
+    by_value = getattr(x, "__hash__", None) and not isinstance(x, (Expr, Tensor))
+    return (type(x).__name__, x if by_value else id(x))
 
 
 def _forward(fn: Any) -> Callable[..., Expr]:
@@ -174,18 +201,11 @@ def _reflected(fn: Any) -> Callable[..., Expr]:
     return lambda self, other: self.tape.record(fn, other, self)
 
 
-def _asks(what: str) -> Callable[..., Any]:
-    def ask(self: Expr) -> Any:
-        raise DataDependent(what, Where.caller())
+def _raises(error: Callable[[str], Exception], what: str) -> Callable[..., Any]:
+    def method(self: Expr, *others: Any) -> Any:
+        raise error(what)
 
-    return ask
-
-
-def _refuses(what: str) -> Callable[..., Any]:
-    def refuse(self: Expr, *others: Any) -> Any:
-        raise in_place(what)
-
-    return refuse
+    return method
 
 
 class Expr:
@@ -211,7 +231,7 @@ class Expr:
         if name.startswith("__"):
             raise AttributeError(name)
         if name in ("item", "tolist", "numpy"):
-            raise DataDependent(f".{name}()", Where.caller())
+            raise DataDependent(f".{name}()")
         if name in ("mT", "T", "H", "mH"):
             return self.tape.record(_transpose, self)
         if name in ("data", "real"):
@@ -228,13 +248,13 @@ class Expr:
     def __getitem__(self, index: Any) -> Expr:
         return self.tape.record(operator.getitem, self, index)
 
-    __add__, __radd__, __iadd__ = _forward(operator.add), _reflected(operator.add), _refuses("+=")
-    __sub__, __rsub__, __isub__ = _forward(operator.sub), _reflected(operator.sub), _refuses("-=")
-    __mul__, __rmul__, __imul__ = _forward(operator.mul), _reflected(operator.mul), _refuses("*=")
-    __truediv__, __rtruediv__, __itruediv__ = _forward(operator.truediv), _reflected(operator.truediv), _refuses("/=")
-    __matmul__, __rmatmul__, __imatmul__ = _forward(operator.matmul), _reflected(operator.matmul), _refuses("@=")
-    __pow__, __rpow__, __ipow__ = _forward(operator.pow), _reflected(operator.pow), _refuses("**=")
-    __mod__, __rmod__, __setitem__ = _forward(operator.mod), _reflected(operator.mod), _refuses("x[...] = ...")
+    __add__, __radd__, __iadd__ = _forward(operator.add), _reflected(operator.add), _raises(in_place, "+=")
+    __sub__, __rsub__, __isub__ = _forward(operator.sub), _reflected(operator.sub), _raises(in_place, "-=")
+    __mul__, __rmul__, __imul__ = _forward(operator.mul), _reflected(operator.mul), _raises(in_place, "*=")
+    __truediv__, __rtruediv__, __itruediv__ = _forward(operator.truediv), _reflected(operator.truediv), _raises(in_place, "/=")
+    __matmul__, __rmatmul__, __imatmul__ = _forward(operator.matmul), _reflected(operator.matmul), _raises(in_place, "@=")
+    __pow__, __rpow__, __ipow__ = _forward(operator.pow), _reflected(operator.pow), _raises(in_place, "**=")
+    __mod__, __rmod__, __setitem__ = _forward(operator.mod), _reflected(operator.mod), _raises(in_place, "x[...] = ...")
     __floordiv__, __rfloordiv__ = _forward(operator.floordiv), _reflected(operator.floordiv)
     __and__, __or__, __xor__ = (_forward(fn) for fn in (operator.and_, operator.or_, operator.xor))
     __neg__, __abs__, __invert__ = (_forward(fn) for fn in (operator.neg, operator.abs, operator.invert))
@@ -242,7 +262,12 @@ class Expr:
     __eq__, __ne__ = _forward(operator.eq), _forward(operator.ne)  # type: ignore[assignment]
     __array_ufunc__ = None  # numpy numbers leave arithmetic to the symbol
     __lt__, __le__, __gt__, __ge__ = (_forward(fn) for fn in (operator.lt, operator.le, operator.gt, operator.ge))
-    __bool__, __float__, __int__, __index__ = _asks("if"), _asks("float()"), _asks("int()"), _asks("an index")
+    __bool__, __float__, __int__, __index__ = (
+        _raises(DataDependent, "if"),
+        _raises(DataDependent, "float()"),
+        _raises(DataDependent, "int()"),
+        _raises(DataDependent, "an index"),
+    )
 
     def __iter__(self) -> Any:
         return iter([self[i] for i in range(self.meta.shape[0])])

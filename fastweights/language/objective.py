@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from .rule import Rule
 
 
+# of y = f(a), given the gradient of y
+_UNARY: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "neg": lambda g, a, y: -g,
+    "square": lambda g, a, y: g * 2 * a,
+    "abs": lambda g, a, y: g * torch.sign(a),
+    "exp": lambda g, a, y: g * y,
+    "log": lambda g, a, y: g / a,
+    "tanh": lambda g, a, y: g * (1 - y * y),
+    "sqrt": lambda g, a, y: g / (2 * y),
+}
+
+
 @dataclass(frozen=True)
 class Objective:
     """The local objective of a rule.
@@ -54,42 +66,23 @@ def gradient(loss: Callable[..., Any], W: Any, *args: Any, **kwargs: Any) -> Any
 
 def _pull(node: Expr, g: Any) -> list[tuple[Any, Any]]:
     """The gradients of a node's arguments, given its own (a number stands for a constant vector)."""
-    a: Any = node.args[0]
-    b: Any = node.args[1] if len(node.args) > 1 else None
+    a, b, *_ = (*node.args, None)
     match node.op:
         case "add":
-            return [(a, _sum_to(a, g, node)), (b, _sum_to(b, g, node))]
-        case "sub":
-            return [(a, _sum_to(a, g, node)), (b, _sum_to(b, -g, node))]
-        case "neg":
-            return [(a, -g)]
+            return [(x, _sum_to(x, g, node)) for x in (a, b)]
         case "mul":
             return [(a, _sum_to(a, g * b, node)), (b, _sum_to(b, g * a, node))]
         case "div":
             return [(a, _sum_to(a, g / b, node)), (b, _sum_to(b, -g * a / (b * b), node))]
         case "pow" if not isinstance(b, Expr):
             return [(a, g * b * (a if b == 2 else a ** (b - 1)))]
-        case "square":
-            return [(a, g * 2 * a)]
-        case "sum" if node.meta.ndim == 0:
-            return [(a, g)]
-        case "mean" if node.meta.ndim == 0:
-            return [(a, g / a.meta.numel())]
+        case "sum" | "mean" if node.meta.ndim == 0:
+            return [(a, g if node.op == "sum" else g / a.meta.numel())]
         case "mT":
             return [(a, _full(g, node).mT)]
         case "matmul":
             return _pull_matmul(a, b, _full(g, node))
-        case "abs":
-            return [(a, g * torch.sign(a))]
-        case "exp":
-            return [(a, g * node)]
-        case "log":
-            return [(a, g / a)]
-        case "tanh":
-            return [(a, g * (1 - node * node))]
-        case "sqrt":
-            return [(a, g / (2 * node))]
-    return _opaque(node, g)
+    return [(a, _UNARY[node.op](g, a, node))] if node.op in _UNARY else _opaque(node, g)
 
 
 def _opaque(node: Expr, g: Any) -> list[tuple[Any, Any]]:
@@ -152,21 +145,15 @@ def descend(objective: Callable[..., Any], *, name: str = "", cite: str = "") ->
     from .roles import Key, Rate, Value
 
     usual = {"k": Key, "v": Value}
-    parameters = list(inspect.signature(objective).parameters.values())
-    hints = {p.name: p.annotation if p.annotation is not p.empty else usual.get(p.name) for p in parameters[1:]}
-    if isinstance(next((h for h in hints.values() if h), None), str):
-        import typing
-
-        hints |= {n: h for n, h in typing.get_type_hints(objective, include_extras=True).items() if n in hints}
+    w, *others = inspect.signature(objective, eval_str=True).parameters.values()
+    hints = {p.name: usual.get(p.name, p.empty) if p.annotation is p.empty else p.annotation for p in others}
 
     def body(W: Any, beta: Any, **signals: Any) -> Any:
         return W - beta * gradient(objective, W, **signals)
 
-    names = [p.name for p in parameters]
-    signature = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in [*names, "beta"]]
+    arguments = {w.name: w.empty, **hints, "beta": Rate}
+    signature = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint) for n, hint in arguments.items()]
     body.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
-    body.__annotations__ = {n: h for n, h in hints.items() if h is not None} | {"beta": Rate}
     label = name or getattr(objective, "__name__", "").replace("<lambda>", "") or "objective"
     body.__doc__ = inspect.getdoc(objective) or f"One descent step on the objective {label}."
-    found = Objective(label, objective)
-    return rule_of(body, name=name or f"descend({label})", objective=found, cite=cite)
+    return rule_of(body, name=name or f"descend({label})", objective=Objective(label, objective), cite=cite)

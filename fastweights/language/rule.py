@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .errors import FormError, RuleError
 from .objective import Objective
@@ -161,7 +160,11 @@ class Rule:
             if pick in accepted:  # a body may hold a matrix of either dtype
                 continue
             try:
-                accepted[pick] = self.token(*self._constants(pick, dtype))[1] is not None
+                states, signals = (
+                    {n: torch.full(s.shapes(4, 3)[pick], -0.5 if s.role.log_decay else 0.5, dtype=dtype) for n, s in part.items()}
+                    for part in self.arguments
+                )
+                accepted[pick] = self.token(states, signals)[1] is not None
             except RuleError:
                 raise
             except Exception as error:  # whatever a body may raise is told with its line
@@ -170,12 +173,6 @@ class Rule:
             text = f"the body of rule {self.name!r} fails on tensors of the shapes of its roles\n  {line_of(errors[0])}\n  {errors[0]}"
             raise RuleError(text) from errors[0]
         return tuple(accepted), any(accepted.values())
-
-    def _constants(self, pick: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-        return [
-            {n: torch.full(s.shapes(4, 3)[pick], -0.5 if s.role.log_decay else 0.5, dtype=dtype) for n, s in part.items()}
-            for part in self.arguments
-        ]
 
     # ---- the algebra -------------------------------------------------------------------------------------------------
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .expr import Expr
+from .expr import Expr, added_axis, ordered
 from .program import Program
 
 _GREEK = {"beta": "β", "gamma": "γ", "eta": "η", "phi": "φ", "alpha": "α", "mu": "μ", "lam": "λ", "theta": "θ", "tau": "τ"}
@@ -21,6 +22,7 @@ _HIDDEN = ("expand", "expand_as", "unsqueeze")
 class Alphabet:
     """How the pieces of a formula are written."""
 
+    minus: str
     transpose: str
     odot: str
     fraction: str
@@ -37,8 +39,10 @@ class Alphabet:
         return head + (f"_{{\\mathrm{{{tail}}}}}" if tail else "")
 
 
-_TEXT = Alphabet("ᵀ", " ⊙ ", "{} / {}", "exp({})", "diag({})", "{}({})", latex=False)
-_LATEX = Alphabet("^\\top", " \\odot ", "\\frac{{{}}}{{{}}}", "e^{{{}}}", "\\mathrm{{diag}}({})", "\\operatorname{{{}}}({})", latex=True)
+_TEXT = Alphabet("−", "ᵀ", " ⊙ ", "{} / {}", "exp({})", "diag({})", "{}({})", latex=False)
+_LATEX = Alphabet(
+    "-", "^\\top", " \\odot ", "\\frac{{{}}}{{{}}}", "e^{{{}}}", "\\mathrm{{diag}}({})", "\\operatorname{{{}}}({})", latex=True
+)
 
 
 def text(node: Any) -> str:
@@ -48,40 +52,23 @@ def text(node: Any) -> str:
 
 def equations(parts: dict[str, Expr], latex: bool = False) -> str:
     """Several expressions by name; long parts that occur twice get a letter of their own, told behind them."""
-    style = _LATEX if latex else _TEXT
-    shared = _shared(list(parts.values()))
-    printer = _Printer(style)
-    names = {node: f"s_{{{i}}}" if latex else f"s{i}" for i, node in enumerate(shared, 1)}
-    printer.names = names
-    arrow, comma = (" \\leftarrow ", ",\\quad ") if latex else (" ← ", ", ")
-    lines = [f"{n}{' = ' if n == 'y' else arrow}{printer.show(e)[0]}" for n, e in parts.items()]
-    out = comma.join(lines)
-    if shared:
-        told = []
-        for node, name in names.items():
-            printer.names = {n: s for n, s in names.items() if n is not node}
-            told.append(f"{name} = {printer.show(node)[0]}")
-        out += (" \\quad\\text{with } " if latex else "; with ") + comma.join(told)
-    return out
+    printer = _Printer(_LATEX if latex else _TEXT)
+    arrow, comma, told = (" \\leftarrow ", ",\\quad ", " \\quad\\text{with } ") if latex else (" ← ", ", ", "; with ")
+    shared = {node: f"s_{{{i}}}" if latex else f"s{i}" for i, node in enumerate(_shared(list(parts.values())), 1)}
+    printer.names = shared
+    out = comma.join(f"{n}{' = ' if n == 'y' else arrow}{printer.show(e)[0]}" for n, e in parts.items())
+    definitions = []
+    for node, name in shared.items():
+        printer.names = {n: s for n, s in shared.items() if n is not node}
+        definitions.append(f"{name} = {printer.show(node)[0]}")
+    return out + (told + comma.join(definitions) if shared else "")
 
 
 def _shared(parts: list[Expr]) -> list[Expr]:
     """Numbers and vectors that are computed once and used several times, in order."""
-    uses: dict[Expr, int] = {}
-    seen: set[Expr] = set()
-    stack = list(parts)
-    for node in parts:
-        uses[node] = uses.get(node, 0) + 1
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for parent in node.parents:
-            uses[parent] = uses.get(parent, 0) + 1
-            stack.append(parent)
-    long = [n for n, count in uses.items() if count > 1 and n.meta.ndim < 2 and n.parents and len(text(n)) > 8]
-    return sorted(long, key=lambda n: n.index)
+    nodes = ordered(parts, ())
+    uses = Counter([*parts, *(parent for node in nodes for parent in node.parents)])
+    return [n for n in nodes if uses[n] > 1 and n.meta.ndim < 2 and n.parents and n.op != "neg" and len(text(n)) > 8]
 
 
 class _Printer:
@@ -102,6 +89,8 @@ class _Printer:
             return self.style.name(node.args[0]), _ATOM
         if node.op == "constant":
             return self.show(node.args[0])
+        if node.op in _HIDDEN or added_axis(node) is not None:
+            return self.show(node.args[0])
         method = getattr(self, f"_{node.op}", None)
         return method(*node.args) if method else self._call(node)
 
@@ -110,8 +99,6 @@ class _Printer:
         return shown if binds >= level else f"({shown})"
 
     def _call(self, node: Expr) -> tuple[str, int]:
-        if node.op in _HIDDEN and node.args:
-            return self.show(node.args[0])
         given = [a for a in pytree.tree_leaves(node.args) if isinstance(a, (Expr, int, float))]
         named = [f"{n}={self.show(a)[0]}" for n, a in node.kwargs.items() if isinstance(a, (Expr, int, float))]
         inner = ", ".join([*(self.show(a)[0] for a in given), *named])
@@ -121,22 +108,19 @@ class _Printer:
 
     def _add(self, a: Any, b: Any) -> tuple[str, int]:
         if isinstance(b, Expr) and b.op == "neg":
-            return self._sub(a, b.args[0])
+            return f"{self.at(a, _SUM)} {self.style.minus} {self.at(b.args[0], _PRODUCT)}", _SUM
         return f"{self.at(a, _SUM)} + {self.at(b, _SUM)}", _SUM
 
-    def _sub(self, a: Any, b: Any) -> tuple[str, int]:
-        return f"{self.at(a, _SUM)} {'-' if self.style.latex else '−'} {self.at(b, _PRODUCT)}", _SUM
-
     def _neg(self, a: Any) -> tuple[str, int]:
-        return f"{'-' if self.style.latex else '−'}{self.at(a, _PRODUCT)}", _SUM
+        return f"{self.style.minus}{self.at(a, _PRODUCT)}", _SUM
 
     def _mul(self, a: Any, b: Any) -> tuple[str, int]:
         """Numbers stand in front; a vector beside a matrix is a diagonal matrix."""
         if _rank(a) == _rank(b) == 1:
             return f"{self.at(a, _PRODUCT)}{self.style.odot}{self.at(b, _PRODUCT)}", _PRODUCT
         if 2 in (_rank(a), _rank(b)):
-            matrix, other = (a, b) if _rank(a) == 2 and not _is_column(a) else (b, a)
-            if _is_column(other):
+            matrix, other = (a, b) if _rank(a) == 2 and added_axis(a) is None else (b, a)
+            if added_axis(other) is not None:
                 return f"{self.style.diag.format(self.show(other.args[0])[0])} {self.at(matrix, _PRODUCT)}", _PRODUCT
             if _rank(other) == 1:
                 return f"{self.at(matrix, _PRODUCT)} {self.style.diag.format(self.show(other)[0])}", _PRODUCT
@@ -171,21 +155,11 @@ class _Printer:
         return f"{self.at(a, _PRODUCT)} {self.at(b, _ATOM)}{self.style.transpose}", _PRODUCT
 
     def _getitem(self, a: Any, index: Any) -> tuple[str, int]:
-        if _is_column_index(index):
-            return self.show(a)
         return f"{self.at(a, _ATOM)}[{_index(index)}]", _ATOM
 
 
 def _rank(x: Any) -> int:
     return x.meta.ndim if isinstance(x, Expr) else x.ndim if isinstance(x, Tensor) else 0
-
-
-def _is_column(x: Any) -> bool:
-    return isinstance(x, Expr) and x.op == "getitem" and _is_column_index(x.args[1])
-
-
-def _is_column_index(index: Any) -> bool:
-    return isinstance(index, tuple) and any(i is None for i in index)
 
 
 def _index(index: Any) -> str:

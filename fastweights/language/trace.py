@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import traceback
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .chain import Chain, Lin, common, fold, plus, shared_version, times
+from .chain import Chain, Lin, is_one, plus, since, times
 from .errors import RuleError
-from .expr import DataDependent, Expr, Tape, Where, is_outside
+from .expr import DataDependent, Expr, Tape, Where, is_outside, ordered
 from .lower import Lowering, NotAffine, constant
 from .program import Carry, Program, Read
 
@@ -53,21 +54,19 @@ def trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
 def _trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
     tape = Tape()
     leaves = {n: tape.leaf(n, s, "state" if n in rule.states else "signal") for n, s in shapes.items()}
-    names = list(rule.states)
     try:
-        states, output = rule.token({n: leaves[n] for n in names}, {n: leaves[n] for n in rule.arguments.signals})
+        states, output = rule.apply(leaves, leaves)
     except DataDependent as stop:
         return Trace(leaves, None, None, None, f"its control flow depends on the data ({stop.what} of a signal or of a read)", stop.where)
+    except RuleError:
+        raise
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, RuleError):
-            raise
         sizes = ", ".join(f"{n} {tuple(s)}" for n, s in shapes.items())
         raise RuleError(f"rule {rule.name!r} fails for one token and one head with {sizes}\n  {line_of(error)}\n  {error}") from error
-    for name, new in zip(names, states, strict=True):
+    for name, new in zip(rule.states, states, strict=True):
         rule.expect_tensor(name, new, shapes[name])
-    near = leaves[names[0]]
-    states = tuple(new if isinstance(new, Expr) else constant(near, new) for new in states)
-    output = output if output is None or isinstance(output, Expr) else constant(near, output)
+    states = tuple(new if isinstance(new, Expr) else tape.constant(new) for new in states)
+    output = output if output is None or isinstance(output, Expr) else tape.constant(output)
     try:
         return Trace(leaves, states, output, _lower(rule, leaves, states, output, rows=False))
     except NotAffine as on_columns:
@@ -83,30 +82,25 @@ def _trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
 def line_of(error: Exception) -> Where | str:
     """The line of the rule at which an exception arose."""
     found: Where | str = ""
-    step = error.__traceback__
-    while step is not None:
-        file = step.tb_frame.f_code.co_filename
-        if is_outside(file):
-            found = Where(file, step.tb_lineno)
-        step = step.tb_next
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if is_outside(frame.f_code.co_filename):
+            found = Where(frame.f_code.co_filename, line)
     return found
 
 
 def _lower(rule: Rule, leaves: dict[str, Expr], states: tuple[Expr, ...], output: Expr | None, rows: bool) -> Program:
     first, *others = rule.states
-    for name in others:
+    for name, new in zip(others, states[1:], strict=True):
         if rule.states[name].role.name == "Matrix":
-            where = states[list(rule.states).index(name)].where
-            raise NotAffine(f"{name} is a second matrix that moves together with {first}", where)
+            raise NotAffine(f"{name} is a second matrix that moves together with {first}", new.where)
     weights = leaves[first]
     lowering = Lowering(weights, rows)
-    carried = dict(zip(others, states[1:], strict=True))
-    carries = _carries(carried, leaves, weights)
+    carries = _carries(dict(zip(others, states[1:], strict=True)), leaves, weights)
     chain = lowering.chain(states[0])
     shown = states[0] @ leaves["q"] if output is None else output
     reads = _Reads(lowering, chain)
     y = reads.rewrite(shown)
-    return Program(leaves, chain, tuple(reads.reads), tuple(reads.leaves), y, carries, rows)
+    return Program(leaves, chain, tuple(Read(*key) for key in reads.leaves), tuple(reads.leaves.values()), y, carries, rows)
 
 
 class _Reads:
@@ -114,8 +108,7 @@ class _Reads:
 
     def __init__(self, lowering: Lowering, chain: Chain) -> None:
         self.lowering, self.chain = lowering, chain
-        self.reads: list[Read] = []
-        self.leaves: list[Expr] = []
+        self.leaves: dict[tuple[Expr, int, bool], Expr] = {}  # by key, version, and whether W is read backwards
         # what depends on W, and what of that is still a matrix that no read has made a vector of
         self.below, self.raw = {lowering.weights}, {lowering.weights}
         for node in lowering.weights.tape.nodes:
@@ -133,7 +126,7 @@ class _Reads:
     def rewrite(self, arg: Any) -> Any:
         """The same with reads in the place of W; also inside lists, as in torch.cat([W @ q, v])."""
         if isinstance(arg, (list, tuple)):
-            return type(arg)(self.rewrite(a) for a in arg)
+            return type(arg)(map(self.rewrite, arg))
         if not isinstance(arg, Expr) or arg not in self.below:
             return arg
         if arg not in self.done:
@@ -145,88 +138,61 @@ class _Reads:
             return self._read(self.lowering.value(node), node)
         if node in self.raw:
             raise NotAffine(f"the output uses W other than by W @ x or W.mT @ x (in {node.op})", node.where)
-        if node.op == "item":
-            return self._again(node.args[0])[node.args[1]]
-        return self._again(node)
-
-    def _again(self, node: Expr) -> Any:
-        kwargs = {n: self.rewrite(a) for n, a in node.kwargs.items()}
-        return node.tape.record(node.fn, *(self.rewrite(a) for a in node.args), **kwargs)
+        whole = node.args[0] if node.op == "item" else node
+        kwargs = {n: self.rewrite(a) for n, a in whole.kwargs.items()}
+        out = node.tape.record(whole.fn, *map(self.rewrite, whole.args), **kwargs)
+        return out if whole is node else out[node.args[1]]
 
     def _read(self, lin: Lin, node: Expr) -> Expr:
         out = lin.const
         for reading in lin.reads:
-            version = len(reading.chain)
-            if common(reading.chain, self.chain) != version:
-                version = shared_version(reading.chain, self.chain)
-            later = fold(reading.chain, version)
+            version, later = since(reading.chain, self.chain)
             if reading.backward:
-                r = self._leaf(Read(reading.q, version, True), node)
-                value = later.decay.of(r)
-                for x, y in later.erase:
-                    value = value + y * (x @ r)
-                for u, w in later.write:
-                    value = value + w * (u @ reading.q)
+                value = later.read_back(self._leaf(reading.q, version, True, node), reading.q)
             else:
                 q, const = later.read(reading.q)
-                value = plus(self._leaf(Read(q, version), node), const)
+                value = plus(self._leaf(q, version, False, node), const)
             out = plus(out, value)
         assert out is not None
         return out
 
-    def _leaf(self, read: Read, node: Expr) -> Expr:
-        for known, leaf in zip(self.reads, self.leaves, strict=True):
-            if known.q is read.q and (known.version, known.backward) == (read.version, read.backward):
-                return leaf
-        leaf = node.tape.leaf(f"read {len(self.reads)}", tuple(node.meta.shape), "read")
-        self.reads.append(read)
-        self.leaves.append(leaf)
-        return leaf
+    def _leaf(self, q: Expr, version: int, backward: bool, node: Expr) -> Expr:
+        key = (q, version, backward)
+        if key not in self.leaves:
+            self.leaves[key] = node.tape.leaf(f"read {len(self.leaves)}", tuple(node.meta.shape), "read")
+        return self.leaves[key]
 
 
 def _carries(states: dict[str, Expr], leaves: dict[str, Expr], weights: Expr) -> tuple[Carry, ...]:
     """The vector and scalar states as recurrences that the signals drive, in an order in which they can be computed."""
-    carries: dict[str, Carry] = {}
-    waiting = dict(states)
-    while waiting:
-        ready = []
-        for name, new in waiting.items():
-            used = _leaves_of(new)
-            if weights in used:
-                raise NotAffine(f"the state {name} depends on W, which depends on it", new.where)
-            if not any(leaves[other] in used for other in waiting if other != name):
-                ready.append(name)
-        if not ready:
-            raise NotAffine(f"the states {', '.join(waiting)} depend on each other", next(iter(waiting.values())).where)
-        for name in ready:
-            carries[name] = _recurrence(name, waiting.pop(name), leaves[name])
-    return tuple(carries.values())
+    needs: dict[str, list[str]] = {}
+    for name, new in states.items():
+        used = _leaves_of(new)
+        if weights in used:
+            raise NotAffine(f"the state {name} depends on W, which depends on it", new.where)
+        needs[name] = [other for other in states if other != name and leaves[other] in used]
+    try:
+        order = list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        cycle = [name for name in states if name in error.args[1]]
+        raise NotAffine(f"the states {', '.join(cycle)} depend on each other", states[cycle[0]].where) from error
+    return tuple(_recurrence(name, states[name], leaves[name]) for name in order)
 
 
 def _leaves_of(node: Expr) -> set[Expr]:
-    seen, stack = set[Expr](), [node]
-    while stack:
-        n = stack.pop()
-        if n not in seen:
-            seen.add(n)
-            stack.extend(n.parents)
-    return {n for n in seen if not n.parents}
+    return {n for n in ordered([node], ()) if not n.parents}
 
 
 def _recurrence(name: str, new: Expr, leaf: Expr) -> Carry:
     if new.op == "maximum":
         for own, other in (new.args, new.args[::-1]):
             parts = _linear(own, leaf)
-            if parts and _is_one(parts[0]) and isinstance(other, Expr) and leaf not in _leaves_of(other):
+            if parts and is_one(parts[0]) and isinstance(other, Expr) and leaf not in _leaves_of(other):
                 return Carry(name, "max", parts[1], other)
     parts = _linear(new, leaf)
     if parts is None:
         raise NotAffine(f"the state {name} is not s <- a * s + b or s <- max(a + s, b)", new.where)
     return Carry(name, "linear", *parts)
-
-
-def _is_one(node: Expr | None) -> bool:
-    return node is not None and node.op == "constant" and bool((node.args[0] == 1).all())
 
 
 def _linear(node: Expr, leaf: Expr) -> tuple[Expr | None, Expr | None] | None:
@@ -241,16 +207,12 @@ def _linear(node: Expr, leaf: Expr) -> tuple[Expr | None, Expr | None] | None:
     match node.op, parts:
         case "add", [(a, b), (c, d)]:
             return plus(a, c), plus(b, d)
-        case "sub", [(a, b), (c, d)]:
-            return plus(a, _mapped(operator.neg, c)), plus(b, _mapped(operator.neg, d))
         case "neg", [(a, b)]:
-            return _mapped(operator.neg, a), _mapped(operator.neg, b)
-        case ("mul", [(a, b), (None, Expr() as by)]) | ("mul", [(None, Expr() as by), (a, b)]):
-            return _mapped(lambda x: times(x, by), a), _mapped(lambda x: times(x, by), b)
-        case "div", [(a, b), (None, Expr() as by)]:
-            return _mapped(lambda x: x / by, a), _mapped(lambda x: x / by, b)
-    return None
-
-
-def _mapped(fn: Callable[[Expr], Expr], x: Expr | None) -> Expr | None:
-    return None if x is None else fn(x)
+            how, by = operator.neg, []
+        case ("mul", [(a, b), (None, Expr() as c)]) | ("mul", [(None, Expr() as c), (a, b)]):
+            how, by = times, [c]
+        case "div", [(a, b), (None, Expr() as c)]:
+            how, by = operator.truediv, [c]
+        case _:
+            return None
+    return None if a is None else how(a, *by), None if b is None else how(b, *by)

@@ -65,9 +65,9 @@ def check(
     """Check everything a call was given; ``optional`` signals may be left out, and without ``time`` there is no T axis."""
     require_rule(rule)
     _names(rule, signals, optional)
-    _tensors(rule, signals)
-    given = {n: x if time or x.ndim < 2 else x.unsqueeze(1) for n, x in signals.items()}
-    _ranks(rule, signals, given, time)
+    for n, x in signals.items():
+        _check_signal(rule, n, x, time)
+    given = {n: x if time else x.unsqueeze(1) for n, x in signals.items()}
     hint = f"; signals are (B, {'T, ' if time else ''}H, ...)"
     B = _common(rule, "B", {n: x.shape[0] for n, x in given.items()}, hint)
     T = _common(rule, "T", {n: x.shape[1] for n, x in given.items()}, hint)
@@ -109,22 +109,17 @@ def _names(rule: Rule, signals: Mapping[str, Any], optional: tuple[str, ...]) ->
         raise SignalError(f"{rule.name}: missing signal {', '.join(map(repr, missing))}; the signals are {signature}")
 
 
-def _tensors(rule: Rule, signals: Mapping[str, Any]) -> None:
-    for n, x in signals.items():
-        if not isinstance(x, Tensor):
-            raise SignalTypeError(f"{rule.name}: signal {n!r} is a {type(x).__name__}, expected a torch.Tensor")
-        if x.layout != torch.strided:
-            raise SignalTypeError(f"{rule.name}: signal {n!r} is of layout {x.layout}, expected a dense tensor; pass {n}.to_dense()")
-        if not x.is_floating_point():
-            raise SignalTypeError(f"{rule.name}: signal {n!r} has dtype {x.dtype}, expected a real floating-point dtype; pass {n}.float()")
-
-
-def _ranks(rule: Rule, signals: Mapping[str, Tensor], given: dict[str, Tensor], time: bool) -> None:
-    for n, x in given.items():
-        expected = rule.signals[n]
-        if x.ndim - 3 not in map(len, expected.shapes(1, 1)):
-            letters = expected.letters() if time else expected.letters().replace("T, ", "")
-            raise SignalError(f"{rule.name}: signal {n!r} ({expected.role}) has shape {tuple(signals[n].shape)}, expected {letters}")
+def _check_signal(rule: Rule, n: str, x: Any, time: bool) -> None:
+    expected = rule.signals[n]
+    if not isinstance(x, Tensor):
+        raise SignalTypeError(f"{rule.name}: signal {n!r} is a {type(x).__name__}, expected a torch.Tensor")
+    if x.layout != torch.strided:
+        raise SignalTypeError(f"{rule.name}: signal {n!r} is of layout {x.layout}, expected a dense tensor; pass {n}.to_dense()")
+    if not x.is_floating_point():
+        raise SignalTypeError(f"{rule.name}: signal {n!r} has dtype {x.dtype}, expected a real floating-point dtype; pass {n}.float()")
+    if x.ndim - 2 - time not in map(len, expected.shapes(1, 1)):
+        letters = expected.letters() if time else expected.letters().replace("T, ", "")
+        raise SignalError(f"{rule.name}: signal {n!r} ({expected.role}) has shape {tuple(x.shape)}, expected {letters}")
 
 
 def _common(rule: Rule, letter: str, sizes: dict[str, int], hint: str = "") -> int:
@@ -151,12 +146,12 @@ def _heads(rule: Rule, given: dict[str, Tensor], w: Tensor | None) -> int:
     counts = {n: x.shape[2] for n, x in given.items()}
     if w is not None and not any(s.role.spaces == ("value",) for s in rule.signals.values()):
         counts["state"] = w.shape[1]
-    H = max(counts.values())
+    most = max(counts, key=counts.__getitem__)
+    H = counts[most]
     for n, h in counts.items():
         if H == 0:
             raise SignalError(f"{rule.name}: signal {n!r} has no heads; signals are (B, T, H, ...)")
         if h == 0 or H % h:
-            most = max(counts, key=lambda name: counts[name])
             raise SignalError(f"{rule.name}: signal {n!r} has {h} heads, which does not divide the {H} heads of {most!r}")
     return H
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decay import only
 from .inputs import Inputs
 
 Step = Callable[..., tuple[tuple[Tensor, ...], Tensor]]
@@ -22,7 +23,7 @@ def recurrent(given: Inputs, each: Callable[[tuple[Tensor, ...]], None] | None =
     outputs = []
     for t in range(given.T):
         if resets is not None:
-            states = tuple(torch.where(_as_lead(resets[t], s), torch.zeros_like(s), s) for s in states)
+            states = tuple(only(~resets[t].reshape(-1, *(1,) * (s.ndim - 1)), s) for s in states)
         token = [_all_heads(c[t], given.H).to(given.dtype) for c in columns]
         states, y = one(states, token)
         outputs.append(y)
@@ -31,10 +32,6 @@ def recurrent(given: Inputs, each: Callable[[tuple[Tensor, ...]], None] | None =
     if not outputs:
         return given.empty(), states
     return torch.stack(outputs, 1), states
-
-
-def _as_lead(x: Tensor, like: Tensor) -> Tensor:
-    return x.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def _all_heads(x: Tensor, heads: int) -> Tensor:

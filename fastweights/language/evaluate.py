@@ -27,7 +27,7 @@ _POINTWISE = frozenset(
 def evaluate(wanted: Iterable[Expr], values: dict[Expr, Tensor], lead: int) -> dict[Expr, Tensor]:
     """The values of ``wanted``, given those of the leaves in ``values``; both are in the returned dictionary.
 
-    ``lead`` is the number of leading axes. A constant has none of them.
+    ``lead`` is the number of leading axes. Those of a constant are of size one.
     """
     done = dict(values)
     for node in ordered(wanted, done):
@@ -46,29 +46,20 @@ def _value(arg: Any, done: dict[Expr, Tensor]) -> Any:
 
 
 def _apply(node: Expr, args: Any, kwargs: Any, lead: int) -> Any:
+    leading = (slice(None),) * lead
     if node.op == "constant":
-        return args[0]
+        return args[0][(None,) * lead]
     if node.op in _POINTWISE and not any(isinstance(a, Expr) for a in pytree.tree_leaves(node.kwargs)):
-        return node.fn(*_aligned(node, args, lead), **kwargs)
+        # axes behind the leading ones, so that operands broadcast as they do for one token
+        missing = [node.meta.ndim - e.meta.ndim if isinstance(e, Expr) else 0 for e in node.args]
+        return node.fn(*(x[leading + (None,) * n] if n else x for x, n in zip(args, missing, strict=True)), **kwargs)
     if node.op == "matmul":
         return _matmul(node, *args)
     if node.op == "getitem" and not any(isinstance(i, (Tensor, list)) for i in pytree.tree_leaves(args[1])):
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return args[0][(slice(None),) * lead + index] if _has_lead(args[0], node.args[0], lead) else args[0][index]
+        return args[0][leading + (args[1] if isinstance(args[1], tuple) else (args[1],))]
     if node.op == "item":
         return node.fn(args[0])
     return _mapped(node, args, kwargs, lead)
-
-
-def _aligned(node: Expr, args: Any, lead: int) -> list[Any]:
-    """Insert axes behind the leading ones so that operands broadcast as they do for one token."""
-    rank = node.meta.ndim
-    out = []
-    for given, value in zip(node.args, args, strict=True):
-        if isinstance(given, Expr) and _has_lead(value, given, lead):
-            value = value[(slice(None),) * lead + (None,) * (rank - given.meta.ndim)]
-        out.append(value)
-    return out
 
 
 def _matmul(node: Expr, a: Tensor, b: Tensor) -> Tensor:
@@ -84,10 +75,7 @@ def _matmul(node: Expr, a: Tensor, b: Tensor) -> Tensor:
 
 def _mapped(node: Expr, args: Any, kwargs: Any, lead: int) -> Any:
     flat, spec = pytree.tree_flatten((args, kwargs))
-    given = pytree.tree_leaves((node.args, node.kwargs))
-    mapped = {i: flat[i] for i, e in enumerate(given) if isinstance(e, Expr) and _has_lead(flat[i], e, lead)}
-    if not mapped:
-        return node.fn(*args, **kwargs)
+    mapped = {i: flat[i] for i, given in enumerate(pytree.tree_leaves((node.args, node.kwargs))) if isinstance(given, Expr)}
     shape = torch.broadcast_shapes(*(x.shape[:lead] for x in mapped.values()))
 
     def one(values: dict[int, Tensor]) -> Any:
@@ -97,7 +85,3 @@ def _mapped(node: Expr, args: Any, kwargs: Any, lead: int) -> Any:
     for _ in range(lead):
         one = torch.vmap(one)
     return one({i: x.expand(*shape, *x.shape[lead:]) for i, x in mapped.items()})
-
-
-def _has_lead(value: Any, expr: Expr, lead: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim == lead + expr.meta.ndim

@@ -11,6 +11,7 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,12 @@ class DataDependent(Exception):
         self.what, self.where = what, Where.caller()
 
 
+@dataclass(frozen=True)
 class Where:
     """A line of a rule: file, number, text."""
 
-    def __init__(self, file: str, line: int) -> None:
-        self.file, self.line = file, line
+    file: str
+    line: int
 
     @classmethod
     def caller(cls) -> Where:

@@ -124,10 +124,7 @@ def _sum_to(x: Any, g: Any, node: Expr) -> Any:
     if not isinstance(x, Expr) or x.meta.shape == node.meta.shape:
         return g
     g = _full(g, node)
-    if x.meta.ndim == 0:
-        return g.sum()
-    axes = [i for i in range(-node.meta.ndim, 0) if -i > x.meta.ndim or x.meta.shape[i] != node.meta.shape[i]]
-    return g.sum(axes, keepdim=True).reshape(x.meta.shape)
+    return g.sum() if x.meta.ndim == 0 else g.sum_to_size(*x.meta.shape)
 
 
 def descend(objective: Callable[..., Any], *, name: str = "", cite: str = "") -> Rule:

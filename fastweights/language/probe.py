@@ -76,6 +76,6 @@ def _sums(tensors: list[Tensor], seed: int) -> list[float | str]:
 
 def matches(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Equal up to rounding."""
-    if len(a) != len(b) or any(type(x) is not type(y) for x, y in zip(a, b, strict=True)):
+    if len(a) != len(b) or list(map(type, a)) != list(map(type, b)):
         return False
     return all(math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9) if isinstance(x, float) else x == y for x, y in zip(a, b, strict=True))

@@ -15,7 +15,7 @@ from .program import Program
 
 _GREEK = {"beta": "β", "gamma": "γ", "eta": "η", "phi": "φ", "alpha": "α", "mu": "μ", "lam": "λ", "theta": "θ", "tau": "τ"}
 _SUM, _PRODUCT, _ATOM = 1, 2, 3
-_HIDDEN = ("expand", "expand_as", "unsqueeze")
+_HIDDEN = ("constant", "expand", "expand_as", "unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,8 @@ def equations(parts: dict[str, Expr], latex: bool = False) -> str:
     shared = {node: f"s_{{{i}}}" if latex else f"s{i}" for i, node in enumerate(_shared(list(parts.values())), 1)}
     printer.names = shared
     out = comma.join(f"{n}{' = ' if n == 'y' else arrow}{printer.show(e)[0]}" for n, e in parts.items())
-    definitions = []
-    for node, name in shared.items():
-        printer.names = {n: s for n, s in shared.items() if n is not node}
-        definitions.append(f"{name} = {printer.show(node)[0]}")
-    return out + (told + comma.join(definitions) if shared else "")
+    definitions = comma.join(f"{name} = {printer.formula(node)[0]}" for node, name in shared.items())
+    return out + (told + definitions if shared else "")
 
 
 def _shared(parts: list[Expr]) -> list[Expr]:
@@ -83,12 +80,12 @@ class _Printer:
             return (f"{node.item():g}" if node.ndim == 0 else "const"), _ATOM
         if not isinstance(node, Expr):
             return (f"{node:g}" if isinstance(node, float) else str(node)), _ATOM
-        if node in self.names:
-            return self.names[node], _ATOM
+        return (self.names[node], _ATOM) if node in self.names else self.formula(node)
+
+    def formula(self, node: Expr) -> tuple[str, int]:
+        """What the node is, also if it has a name."""
         if node.op in ("signal", "state", "read"):
             return self.style.name(node.args[0]), _ATOM
-        if node.op == "constant":
-            return self.show(node.args[0])
         if node.op in _HIDDEN or added_axis(node) is not None:
             return self.show(node.args[0])
         method = getattr(self, f"_{node.op}", None)
@@ -120,14 +117,13 @@ class _Printer:
             return f"{self.at(a, _PRODUCT)}{self.style.odot}{self.at(b, _PRODUCT)}", _PRODUCT
         if 2 in (_rank(a), _rank(b)):
             matrix, other = (a, b) if _rank(a) == 2 and added_axis(a) is None else (b, a)
+            diagonal = self.style.diag.format(self.show(other)[0])
             if added_axis(other) is not None:
-                return f"{self.style.diag.format(self.show(other.args[0])[0])} {self.at(matrix, _PRODUCT)}", _PRODUCT
+                return f"{diagonal} {self.at(matrix, _PRODUCT)}", _PRODUCT
             if _rank(other) == 1:
-                return f"{self.at(matrix, _PRODUCT)} {self.style.diag.format(self.show(other)[0])}", _PRODUCT
-            a, b = other, matrix
-        if _rank(a) > _rank(b):
-            a, b = b, a
-        return f"{self.at(a, _PRODUCT)} {self.at(b, _PRODUCT)}", _PRODUCT
+                return f"{self.at(matrix, _PRODUCT)} {diagonal}", _PRODUCT
+        first, second = sorted((a, b), key=_rank)
+        return f"{self.at(first, _PRODUCT)} {self.at(second, _PRODUCT)}", _PRODUCT
 
     def _div(self, a: Any, b: Any) -> tuple[str, int]:
         if self.style.latex:
@@ -166,8 +162,7 @@ def _index(index: Any) -> str:
     if isinstance(index, tuple):
         return ", ".join(map(_index, index))
     if isinstance(index, slice):
-        ends = ["" if e is None else str(e) for e in (index.start, index.stop)]
-        return ":".join(ends)
+        return ":".join("" if e is None else str(e) for e in (index.start, index.stop))
     return "..." if index is Ellipsis else str(index)
 
 
@@ -179,9 +174,8 @@ def normal_form(program: Program) -> str:
     for carry in program.carries:
         decay = "0" if carry.decay is None else at(carry.decay, _PRODUCT)
         other = "0" if carry.input is None else text(carry.input)
-        lines.append(
-            f"{carry.name} ← " + (f"max({decay} + {carry.name}, {other})" if carry.kind == "max" else f"{decay} {carry.name} + {other}")
-        )
+        shown = "max({} + {}, {})" if carry.kind == "max" else "{} {} + {}"
+        lines.append(f"{carry.name} ← " + shown.format(decay, carry.name, other))
     for step in program.steps:
         linear = step.decay.linear
         inside = "I" if linear is None else f"diag({text(linear)})" if linear.meta.ndim else f"{at(linear, _PRODUCT)} I"

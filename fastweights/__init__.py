@@ -3,9 +3,9 @@
 from . import rules
 from .engine.check import check
 from .engine.scan import Output, Plan, attention_matrix, plan, scan, step, unroll
-from .language.decorator import outer, rule
+from .language.decorator import descend, outer, rule
 from .language.errors import FastWeightError, FormError, RuleError, SignalError, SignalTypeError
-from .language.objective import Objective, descend
+from .language.objective import Objective
 from .language.roles import (
     Gate,
     Key,

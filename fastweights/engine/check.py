@@ -6,7 +6,7 @@ The reference is the rule's own body in float64, one token after the other.
 from __future__ import annotations
 
 import inspect
-import time
+import timeit
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -204,13 +204,8 @@ def _speed(rule: Rule, form: str) -> float:
     signals = example(rule, 1, T, 2, 32, 32, per_channel=rule.shapes[0] == -1, dtype=torch.float32)
     state = tuple(torch.zeros(1, 2, *s.shapes(32, 32)[0]) for s in rule.states.values())
 
-    def once() -> float:
-        start = time.perf_counter()
-        with torch.no_grad():
-            scan(rule, **signals, state=state, form=form)
-        return time.perf_counter() - start
-
-    return T / min(once() for _ in range(3))
+    with torch.no_grad():
+        return T / min(timeit.repeat(lambda: scan(rule, **signals, state=state, form=form), number=1, repeat=3))
 
 
 def descent_error(rule: Rule, objective: Objective, seed: int = 0) -> float:

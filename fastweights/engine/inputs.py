@@ -182,17 +182,15 @@ def _states(rule: Rule, state: Any, sizes: tuple[int, int, int, int], dtype: tor
     if len(given) != len(shapes):
         raise SignalError(f"{rule.name}: state has {len(given)} parts, expected {len(shapes)}: {', '.join(shapes)}")
     for (n, shape), x in zip(shapes.items(), given, strict=True):
-        what = "state" if len(shapes) == 1 else f"state {n!r}"
+        what = f"{rule.name}: state" if len(shapes) == 1 else f"{rule.name}: state {n!r}"
         if not isinstance(x, Tensor):
-            raise SignalTypeError(f"{rule.name}: {what} is a {type(x).__name__}, expected a torch.Tensor of shape {shape}")
+            raise SignalTypeError(f"{what} is a {type(x).__name__}, expected a torch.Tensor of shape {shape}")
         if tuple(x.shape) != shape:
-            raise SignalError(f"{rule.name}: {what} has shape {tuple(x.shape)}, expected (B, H, ...) = {shape} with K = {K}, V = {V}")
+            raise SignalError(f"{what} has shape {tuple(x.shape)}, expected (B, H, ...) = {shape} with K = {K}, V = {V}")
         if x.dtype != dtype:
-            raise SignalTypeError(
-                f"{rule.name}: {what} has dtype {x.dtype}, expected {dtype}: the state is float32, or float64 with float64"
-            )
+            raise SignalTypeError(f"{what} has dtype {x.dtype}, expected {dtype}: the state is float32, or float64 with float64")
         if x.device != device:
-            raise SignalError(f"{rule.name}: {what} is on {x.device}, but the signals are on {device}")
+            raise SignalError(f"{what} is on {x.device}, but the signals are on {device}")
     return tuple(given)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from .expr import Expr
 from .program import Decays, MicroStep
@@ -39,9 +39,9 @@ def plus(a: Expr | None, b: Expr | None) -> Expr | None:
 class Folded:
     """The weights after some micro-steps as S (diag(decay) + sum x y^T) + sum u w^T of the weights S before them."""
 
-    decay: Decays = field(default_factory=Decays)
-    erase: list[tuple[Expr, Expr]] = field(default_factory=list)
-    write: list[tuple[Expr, Expr]] = field(default_factory=list)
+    decay: Decays
+    erase: list[tuple[Expr, Expr]]
+    write: list[tuple[Expr, Expr]]
 
     def read(self, q: Expr) -> tuple[Expr, Expr | None]:
         """``q', c`` such that reading now at q is S q' + c."""
@@ -75,19 +75,18 @@ def times(c: Expr, x: Expr) -> Expr:
 
 def fold(chain: Chain, start: int) -> Folded:
     """The micro-steps from ``start`` on, none of which looks behind it, as one map of the weights before them."""
-    states = [Folded()]
+    states = [Folded(Decays(), [], [])]
     for i, step in enumerate(chain[start:]):
-        now, new = states[-1], Folded()
-        new.decay = now.decay * step.decay
-        new.erase = [(x, step.decay.of(y)) for x, y in now.erase]
-        new.write = [(u, step.decay.of(w)) for u, w in now.write]
+        now = states[-1]
+        erase = [(x, step.decay.of(y)) for x, y in now.erase]
+        write = [(u, step.decay.of(w)) for u, w in now.write]
         if step.x is not None and step.y is not None:
             key, const = states[i - step.lag].read(step.x)
-            new.erase.append((key, step.y))
-            new.write += [] if const is None else [(const, step.y)]
+            erase.append((key, step.y))
+            write += [] if const is None else [(const, step.y)]
         if step.u is not None and step.w is not None:
-            new.write.append((step.u, step.w))
-        states.append(new)
+            write.append((step.u, step.w))
+        states.append(Folded(now.decay * step.decay, erase, write))
     return states[-1]
 
 
@@ -117,12 +116,10 @@ def decays(chain: Chain, by: Decays) -> Chain:
     """The chain, then W <- W diag(a): folded into its last micro-step."""
     if by.linear is None:
         return chain
-    if not chain:
-        return (MicroStep(by.log, by.factor),)
-    last = chain[-1]
+    *before, last = chain or (MicroStep(),)
     both = last.with_decay(last.decay * by)
     after = {name: by.of(key) for name in "yw" if (key := getattr(last, name)) is not None}
-    return (*chain[:-1], replace(both, **after))
+    return (*before, replace(both, **after))
 
 
 def writes(chain: Chain, left: Lin, key: Expr) -> Chain:

@@ -1,4 +1,7 @@
-"""``@rule``: from a function of one token and one head to a ``Rule``; ``outer``, which its body writes with."""
+"""``@rule``: from a function of one token and one head to a ``Rule``; ``descend``: from an objective to a ``Rule``.
+
+``outer`` is what the body of a rule writes with.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .errors import RuleError
-from .objective import Objective
-from .roles import ROLES, Role, Signal
+from .objective import Objective, gradient
+from .roles import ROLES, Key, Rate, Role, Signal, Value
 from .rule import Rule, named
 
 _RESERVED = {"rule", "state", "reset", "form", "backend", "chunk_size"}
@@ -70,8 +73,8 @@ def rule_of(fn: Callable[..., Any], *, name: str = "", objective: Objective | No
     signals = {n: s for n, s in given.items() if not s.role.state}
 
     def token(states_in: dict[str, Any], signals_in: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        w, *others = states_in.values()
-        out = fn(w, **dict(zip(list(states)[1:], others, strict=True)), **signals_in)
+        (_, w), *others = states_in.items()
+        out = fn(w, **dict(others), **signals_in)
         out = out if isinstance(out, tuple) else (out,)
         if len(out) not in (len(states), len(states) + 1):
             expected = ", ".join(states)
@@ -79,6 +82,32 @@ def rule_of(fn: Callable[..., Any], *, name: str = "", objective: Objective | No
         return tuple(out[: len(states)]), out[len(states)] if len(out) > len(states) else None
 
     return Rule(name, token, named(states, signals), objective, cite, inspect.getdoc(fn) or "")
+
+
+def descend(objective: Callable[..., Any], *, name: str = "", cite: str = "") -> Rule:
+    """The rule of one gradient step a token with rate ``beta`` on a local objective.
+
+    ``W <- W - beta * dL/dW``. ``objective(W, k, v)`` returns a number for one token and one head; arguments named ``k`` and
+    ``v`` are a key and a value, others carry a role as in a rule. A quadratic objective gives a rule with every form.
+
+    >>> import fastweights as fw
+    >>> half_squared_error = lambda W, k, v: 0.5 * ((v - W @ k) ** 2).sum()
+    >>> fw.descend(half_squared_error) == fw.rules.delta
+    True
+    """
+    usual = {"k": Key, "v": Value}
+    w, *others = inspect.signature(objective, eval_str=True).parameters.values()
+    hints = {p.name: usual.get(p.name, p.empty) if p.annotation is p.empty else p.annotation for p in others}
+
+    def body(W: Any, beta: Any, **signals: Any) -> Any:
+        return W - beta * gradient(objective, W, **signals)
+
+    arguments = {w.name: w.empty, **hints, "beta": Rate}
+    signature = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint) for n, hint in arguments.items()]
+    body.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    label = name or getattr(objective, "__name__", "").replace("<lambda>", "") or "objective"
+    body.__doc__ = inspect.getdoc(objective) or f"One descent step on the objective {label}."
+    return rule_of(body, name=name or f"descend({label})", objective=Objective(label, objective), cite=cite)
 
 
 def outer(u: Tensor, w: Tensor) -> Tensor:

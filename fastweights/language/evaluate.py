@@ -53,24 +53,13 @@ def _apply(node: Expr, args: Any, kwargs: Any, lead: int) -> Any:
         # axes behind the leading ones, so that operands broadcast as they do for one token
         missing = [node.meta.ndim - e.meta.ndim if isinstance(e, Expr) else 0 for e in node.args]
         return node.fn(*(x[leading + (None,) * n] if n else x for x, n in zip(args, missing, strict=True)), **kwargs)
-    if node.op == "matmul":
-        return _matmul(node, *args)
+    if node.op == "matmul" and all(isinstance(e, Expr) and e.meta.ndim == 1 for e in node.args):
+        return (args[0] * args[1]).sum(-1)
     if node.op == "getitem" and not any(isinstance(i, (Tensor, list)) for i in pytree.tree_leaves(args[1])):
         return args[0][leading + (args[1] if isinstance(args[1], tuple) else (args[1],))]
     if node.op == "item":
         return node.fn(args[0])
     return _mapped(node, args, kwargs, lead)
-
-
-def _matmul(node: Expr, a: Tensor, b: Tensor) -> Tensor:
-    left, right = (x.meta.ndim if isinstance(x, Expr) else x.ndim for x in node.args)
-    if left == right == 1:
-        return (a * b).sum(-1)
-    if right == 1:
-        return (a @ b.unsqueeze(-1)).squeeze(-1)
-    if left == 1:
-        return (a.unsqueeze(-2) @ b).squeeze(-2)
-    return a @ b
 
 
 def _mapped(node: Expr, args: Any, kwargs: Any, lead: int) -> Any:

@@ -24,7 +24,7 @@ from .errors import RuleError
 _SAME = {
     "multiply": "mul", "truediv": "div", "true_divide": "div", "divide": "div", "subtract": "sub", "negative": "neg",
     "mv": "matmul", "mm": "matmul", "dot": "matmul", "vdot": "matmul", "ger": "outer", "absolute": "abs",
-    "and_": "and", "or_": "or", "adjoint": "mT", "__getitem__": "getitem", "t": "mT",
+    "and_": "and", "or_": "or", "adjoint": "mT", "__getitem__": "getitem", "t": "mT", "_transpose": "mT",
 }  # fmt: skip
 _KEYWORDS = ("input", "self", "other", "vec", "vec2", "mat2", "exponent", "tensor")  # of functions of one or two tensors
 _SAME_VALUE = ("clone", "contiguous")
@@ -33,7 +33,6 @@ _MADE_OF: dict[str, Callable[..., Any]] = {
     "addr": lambda a, u, w: a + torch.outer(u, w),
     "lerp": lambda a, b, weight: a + weight * (b - a),
 }
-COLUMN, ROW = (slice(None), None), (None, slice(None))  # how a vector is indexed where it becomes one, however that was written
 _RANDOM = ("dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal", "rrelu")
 _PACKAGE = str(Path(__file__).parents[1])
 _RULES = str(Path(__file__).parents[1] / "rules")
@@ -114,8 +113,8 @@ class Tape:
         if name in ("zeros_like", "ones_like", "new_zeros", "new_ones"):
             return torch.full(meta.shape, float("ones" in name), dtype=torch.float64)
         if isinstance(meta, Tensor):
-            if not kwargs and (index := _line(name, args, meta)):
-                name, fn, args = "getitem", operator.getitem, (args[0], index)
+            if name in ("unsqueeze", "reshape", "view") and args[0].meta.ndim == 1 and meta.ndim == 2 and 1 in meta.shape and not kwargs:
+                return args[0][:, None] if (args[1] % 2 if name == "unsqueeze" else meta.shape[1] == 1) else args[0][None]
             return self._stopped(self._node(name, fn, args, kwargs, meta))
         if isinstance(meta, (tuple, list)) and meta and all(isinstance(m, Tensor) for m in meta):
             whole = self._node(name, fn, args, kwargs, meta[0])
@@ -155,27 +154,14 @@ def in_place(what: str) -> RuleError:
     )
 
 
-def _line(name: str, args: Any, meta: Tensor) -> Any:
-    """``COLUMN`` or ``ROW`` where a vector becomes one, None elsewhere."""
-    x, *how = args
-    if not isinstance(x, Expr) or x.meta.ndim != 1 or meta.ndim != 2 or meta.numel() != x.meta.numel():
-        return None
-    match name, how:
-        case "unsqueeze", [axis]:
-            return (ROW, COLUMN)[axis % 2]
-        case (("reshape" | "view"), _) if 1 in meta.shape:
-            return COLUMN if meta.shape[1] == 1 else ROW
-        case "getitem", [tuple() as index] if all(i is None or i is Ellipsis or isinstance(i, slice) for i in index):
-            return ROW if index[0] is None else COLUMN
-        case "getitem", [None]:
-            return ROW
-    return None
-
-
 def added_axis(x: Any) -> int | None:
     """0 where a vector becomes a row, 1 where it becomes a column, None elsewhere."""
-    index = x.args[1] if isinstance(x, Expr) and x.op == "getitem" else None
-    return 0 if index is ROW else 1 if index is COLUMN else None
+    if not isinstance(x, Expr) or x.op != "getitem" or not isinstance(x.args[0], Expr):
+        return None
+    vector, index = x.args[0].meta, x.args[1] if isinstance(x.args[1], tuple) else (x.args[1],)
+    if (vector.ndim, x.meta.ndim, vector.numel()) != (1, 2, x.meta.numel()) or any(isinstance(i, (Expr, Tensor, list)) for i in index):
+        return None
+    return 0 if index[0] is None else 1
 
 
 def _to_meta(x: Any) -> Any:
@@ -287,9 +273,6 @@ class Expr:
 
 def _transpose(x: Tensor) -> Tensor:
     return x.mT if x.ndim > 1 else x
-
-
-_transpose.__name__ = "mT"
 
 
 def ordered(wanted: Iterable[Expr], known: Container[Expr]) -> list[Expr]:

@@ -94,8 +94,9 @@ class Lowering:
             raise NotAffine(f"{node.op} of {subject} is not affine in W", node.where)
         out = None if node.kwargs else how(node, *self._operands(node))
         if out is None:
-            other = _other(node, self.known)
-            raise NotAffine(f"{node.op} of {subject} with {other} has no normal form (diagonal plus outer products)", node.where)
+            others = [repr(p) for p in node.parents if isinstance(self.known[p], Expr)]
+            others += ["a number or a constant matrix of no structure" if len(node.parents) == 1 else "another value that depends on W"]
+            raise NotAffine(f"{node.op} of {subject} with {others[0]} has no normal form (diagonal plus outer products)", node.where)
         return out
 
     def matrix(self, x: Any) -> Mat | None:
@@ -161,9 +162,8 @@ class Lowering:
 
     def _mul(self, node: Expr, a: Any, b: Any) -> Any:
         left, right = _as_line(a), _as_line(b)
-        if left is not None and right is not None and {left.axis, right.axis} == {0, 1}:
-            column, row = (left, right) if left.axis == 1 else (right, left)
-            return self._outer(node, column, row)
+        if left is not None and right is not None and left.axis != right.axis:
+            return self._outer(node, *((left, right) if left.axis == 1 else (right, left)))
         if isinstance(a, (Lin, Mat)) and isinstance(b, (Lin, Mat)):
             raise NotAffine("a product of two values that depend on W is not affine in W", node.where)
         if isinstance(b, (Lin, Mat)) or _rank(b) > _rank(a):
@@ -301,10 +301,3 @@ def _constant_matrix(x: Expr) -> Mat | None:
     if value.shape[0] != value.shape[1] or not torch.equal(value, value.diagonal().diag()):
         return None
     return Mat(None, diag=constant(x, value.diagonal()))
-
-
-def _other(node: Expr, known: dict[Expr, Any]) -> str:
-    others = [p for p in node.parents if isinstance(known[p], Expr)]
-    if others:
-        return repr(others[0])
-    return "a number or a constant matrix of no structure" if len(node.parents) == 1 else "another value that depends on W"

@@ -1,4 +1,4 @@
-"""Local objectives: what a rule descends. ``descend`` makes the rule from the objective.
+"""Local objectives: what a rule descends, and its slope.
 
 Where W is a symbol the gradient is found symbolically, so that a quadratic objective gives a rule with every form; where
 W is a tensor, torch.func finds it.
@@ -6,7 +6,6 @@ W is a tensor, torch.func finds it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -125,32 +124,3 @@ def _sum_to(x: Any, g: Any, node: Expr) -> Any:
         return g
     g = _full(g, node)
     return g.sum() if x.meta.ndim == 0 else g.sum_to_size(*x.meta.shape)
-
-
-def descend(objective: Callable[..., Any], *, name: str = "", cite: str = "") -> Rule:
-    """The rule of one gradient step a token with rate ``beta`` on a local objective.
-
-    ``W <- W - beta * dL/dW``. ``objective(W, k, v)`` returns a number for one token and one head; arguments named ``k`` and
-    ``v`` are a key and a value, others carry a role as in a rule. A quadratic objective gives a rule with every form.
-
-    >>> import fastweights as fw
-    >>> half_squared_error = lambda W, k, v: 0.5 * ((v - W @ k) ** 2).sum()
-    >>> fw.descend(half_squared_error) == fw.rules.delta
-    True
-    """
-    from .decorator import rule_of
-    from .roles import Key, Rate, Value
-
-    usual = {"k": Key, "v": Value}
-    w, *others = inspect.signature(objective, eval_str=True).parameters.values()
-    hints = {p.name: usual.get(p.name, p.empty) if p.annotation is p.empty else p.annotation for p in others}
-
-    def body(W: Any, beta: Any, **signals: Any) -> Any:
-        return W - beta * gradient(objective, W, **signals)
-
-    arguments = {w.name: w.empty, **hints, "beta": Rate}
-    signature = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint) for n, hint in arguments.items()]
-    body.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
-    label = name or getattr(objective, "__name__", "").replace("<lambda>", "") or "objective"
-    body.__doc__ = inspect.getdoc(objective) or f"One descent step on the objective {label}."
-    return rule_of(body, name=name or f"descend({label})", objective=Objective(label, objective), cite=cite)

@@ -67,11 +67,7 @@ def _sums(tensors: list[Tensor], seed: int) -> list[float | str]:
     flat = [x for t in tensors for x in t.flatten().tolist()]
     if not all(map(math.isfinite, flat)):
         return [OVERFLOW] * 2
-    out: list[float | str] = []
-    for which in (7, 11):
-        weights = _numbers(which + seed)
-        out.append(math.fsum(x * (next(weights) + 1.5) for x in flat))
-    return out
+    return [math.fsum(x * (w + 1.5) for x, w in zip(flat, _numbers(which + seed), strict=False)) for which in (7, 11)]
 
 
 def matches(a: Sequence[Any], b: Sequence[Any]) -> bool:

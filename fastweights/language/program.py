@@ -62,9 +62,8 @@ class Decays:
 
     def of(self, vector: Expr) -> Expr:
         """The vector in key space, decayed."""
-        for multiplier in (None if self.log is None else self.log.exp(), self.factor):
-            vector = vector if multiplier is None else multiplier * vector
-        return vector
+        vector = vector if self.log is None else self.log.exp() * vector
+        return vector if self.factor is None else self.factor * vector
 
     @property
     def linear(self) -> Expr | None:
@@ -123,8 +122,7 @@ class Program:
     def erase(self) -> Erase:
         if all(s.x is None for s in self.steps):
             return "none"
-        tied = all(s.x is None or s.u is None or s.y is s.w for s in self.steps)
-        return "tied" if tied else "free"
+        return "tied" if all(s.x is None or s.u is None or s.y is s.w for s in self.steps) else "free"
 
     @property
     def kind(self) -> str:

@@ -94,9 +94,8 @@ class Rule:
     @property
     def kind(self) -> str:
         """The class of the normal form in words, such as ``decay scalar, erase tied``; raises ``FormError`` if there is none."""
-        if len(self.shapes) == 1 or "decay scalar" not in self.program.kind:
-            return self.program.kind
-        return self.program.kind.replace("decay scalar", "decay scalar or per channel")
+        per_channel = " or per channel" if len(self.shapes) > 1 else ""
+        return self.program.kind.replace("decay scalar", f"decay scalar{per_channel}")
 
     def apply(self, states: Mapping[str, Any], signals: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any]:
         """The body on those that it needs of the named states and signals of one token and one head: new states; y, or None."""
@@ -179,19 +178,18 @@ class Rule:
     def __rshift__(self, other: Rule) -> Rule:
         if not isinstance(other, Rule):
             return NotImplemented
-        for name in self.arguments.signals.keys() & other.arguments.signals.keys():
-            mine, theirs = self.arguments.signals[name], other.arguments.signals[name]
+        name = f"{self.name} >> {other.name}"
+        for n in self.arguments.signals.keys() & other.arguments.signals.keys():
+            mine, theirs = self.arguments.signals[n], other.arguments.signals[n]
             if mine != theirs:
-                raise RuleError(f"{self.name} >> {other.name}: {name!r} is a {mine.role} in one and a {theirs.role} in the other")
+                raise RuleError(f"{name}: {n!r} is a {mine.role} in one and a {theirs.role} in the other")
         (w, *_), (_, *rest) = self.states, other.states
         both = {**self.states, **{n: other.states[n] for n in rest}}
         both_signals = {**self.arguments.signals, **other.arguments.signals}
         clash = {n for n in rest if n in self.states and (n == w or self.states[n].role != other.states[n].role)}
         clash |= (both.keys() - {w}) & both_signals.keys()
         if clash:
-            raise RuleError(
-                f"{self.name} >> {other.name}: {', '.join(sorted(clash))} is one thing in one and another in the other; rename it"
-            )
+            raise RuleError(f"{name}: {', '.join(sorted(clash))} is one thing in one and another in the other; rename it")
 
         def token(states: dict[str, Any], signals: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
             new, y = self.apply(states, signals)
@@ -201,7 +199,8 @@ class Rule:
             states = states | dict(zip((w, *rest), new, strict=True))
             return tuple(states[n] for n in both), y if y2 is None else y2
 
-        return Rule(f"{self.name} >> {other.name}", token, named(both, both_signals), cite=_both(self.cite, other.cite))
+        cite = "; ".join(dict.fromkeys(c for c in (self.cite, other.cite) if c))
+        return Rule(name, token, named(both, both_signals), cite=cite)
 
     def __mul__(self, n: int) -> Rule:
         if not isinstance(n, int) or isinstance(n, bool):
@@ -284,8 +283,7 @@ class Rule:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The body itself, on the tensors (or symbols) of one token and one head."""
-        names = [*self.states, *self.arguments.signals]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip([*self.states, *self.arguments.signals], args, strict=False)) | kwargs
         states, y = self.apply(given, given)
         out = states if y is None else (*states, y)
         return out[0] if len(out) == 1 else out
@@ -293,10 +291,6 @@ class Rule:
     def __repr__(self) -> str:
         roles = ", ".join(f"{n}: {s.role}" for n, s in self.arguments.signals.items())
         return f"{self.name}({roles}): {self.equation()}"
-
-
-def _both(a: str, b: str) -> str:
-    return a if a == b or not b else b if not a else f"{a}; {b}"
 
 
 def named(states: Mapping[str, Signal], signals: Mapping[str, Signal]) -> Named:

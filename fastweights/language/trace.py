@@ -81,18 +81,13 @@ def _trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
 
 def line_of(error: Exception) -> Where | str:
     """The line of the rule at which an exception arose."""
-    found: Where | str = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if is_outside(frame.f_code.co_filename):
-            found = Where(frame.f_code.co_filename, line)
-    return found
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    found = [Where(file, line) for file, line in frames if is_outside(file)]
+    return found[-1] if found else ""
 
 
 def _lower(rule: Rule, leaves: dict[str, Expr], states: tuple[Expr, ...], output: Expr | None, rows: bool) -> Program:
     first, *others = rule.states
-    for name, new in zip(others, states[1:], strict=True):
-        if rule.states[name].role.name == "Matrix":
-            raise NotAffine(f"{name} is a second matrix that moves together with {first}", new.where)
     weights = leaves[first]
     lowering = Lowering(weights, rows)
     carries = _carries(dict(zip(others, states[1:], strict=True)), leaves, weights)
@@ -147,26 +142,22 @@ class _Reads:
         out = lin.const
         for reading in lin.reads:
             version, later = since(reading.chain, self.chain)
-            if reading.backward:
-                value = later.read_back(self._leaf(reading.q, version, True, node), reading.q)
-            else:
-                q, const = later.read(reading.q)
-                value = plus(self._leaf(q, version, False, node), const)
-            out = plus(out, value)
+            q, const = (reading.q, None) if reading.backward else later.read(reading.q)
+            key = (q, version, reading.backward)
+            if key not in self.leaves:
+                self.leaves[key] = node.tape.leaf(f"read {len(self.leaves)}", tuple(node.meta.shape), "read")
+            read = self.leaves[key]
+            out = plus(out, later.read_back(read, q) if reading.backward else plus(read, const))
         assert out is not None
         return out
-
-    def _leaf(self, q: Expr, version: int, backward: bool, node: Expr) -> Expr:
-        key = (q, version, backward)
-        if key not in self.leaves:
-            self.leaves[key] = node.tape.leaf(f"read {len(self.leaves)}", tuple(node.meta.shape), "read")
-        return self.leaves[key]
 
 
 def _carries(states: dict[str, Expr], leaves: dict[str, Expr], weights: Expr) -> tuple[Carry, ...]:
     """The vector and scalar states as recurrences that the signals drive, in an order in which they can be computed."""
     needs: dict[str, list[str]] = {}
     for name, new in states.items():
+        if leaves[name].meta.ndim == 2:
+            raise NotAffine(f"{name} is a second matrix that moves together with {weights.args[0]}", new.where)
         used = _leaves_of(new)
         if weights in used:
             raise NotAffine(f"the state {name} depends on W, which depends on it", new.where)

@@ -101,7 +101,7 @@ class Tape:
         if kwargs and set(kwargs) <= {*_KEYWORDS, "alpha"}:
             args = (*args, *(kwargs[n] for n in _KEYWORDS if n in kwargs))
             if "alpha" in kwargs:
-                args = (args[0], args[1] * kwargs["alpha"])
+                args = (args[0], args[1] * kwargs["alpha"], *args[2:])
             kwargs = {}
         if name in _SAME_VALUE or (name == "mT" and args[0].op == "mT"):
             return args[0] if name in _SAME_VALUE else args[0].args[0]

@@ -49,13 +49,11 @@ def _over_batch_and_heads(given: Inputs) -> Step:
             y = new[0] @ signals["q"] if "q" in signals else new[0].new_zeros(new[0].shape[:1])
         return new, torch.as_tensor(y)
 
-    if rule.trace_for(given.token_shapes()).states is None:  # control flow that depends on data
-        return _loop(one)
-    return torch.vmap(torch.vmap(one))
+    if rule.trace_for(given.token_shapes()).states is not None:
+        return torch.vmap(torch.vmap(one))
 
-
-def _loop(one: Step) -> Step:
     def mapped(states: tuple[Tensor, ...], signals: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """One after the other, where control flow depends on data."""
         B, H = states[0].shape[:2]
         each = [one(*pytree.tree_map(lambda x, at=at: x[at], (states, signals))) for at in itertools.product(range(B), range(H))]
         return pytree.tree_map(lambda *parts: torch.stack(parts).unflatten(0, (B, H)), *each)

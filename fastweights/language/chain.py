@@ -107,8 +107,7 @@ def shared_version(a: Chain, b: Chain) -> int:
 def since(chain: Chain, base: Chain) -> tuple[int, Folded]:
     """A version of ``base``, and what happened from there until after ``chain``."""
     version = common(chain, base)
-    if version < len(chain):
-        version = shared_version(chain, base)
+    version = version if version == len(chain) else shared_version(chain, base)
     return version, fold(chain, version)
 
 

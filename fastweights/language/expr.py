@@ -154,6 +154,10 @@ def in_place(what: str) -> RuleError:
     )
 
 
+def rank(x: Any) -> int:
+    return x.meta.ndim if isinstance(x, Expr) else x.ndim if isinstance(x, Tensor) else 0
+
+
 def added_axis(x: Any) -> int | None:
     """0 where a vector becomes a row, 1 where it becomes a column, None elsewhere."""
     if not isinstance(x, Expr) or x.op != "getitem" or not isinstance(x.args[0], Expr):

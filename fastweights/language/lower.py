@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .chain import Chain, Lin, Reading, decays, fold, is_one, plus, shared_version, times, writes
-from .expr import Expr, Where, added_axis, ordered
+from .expr import Expr, Where, added_axis, ordered, rank
 from .program import Decays, MicroStep
 
 
@@ -257,9 +257,7 @@ def constant(near: Expr, number: Any) -> Expr:
 
 
 def _rank(x: Any) -> int:
-    if isinstance(x, (Lin, Mat)):
-        return 1 if isinstance(x, Lin) and x.axis is None else 2
-    return x.meta.ndim
+    return (1 if x.axis is None else 2) if isinstance(x, Lin) else 2 if isinstance(x, Mat) else rank(x)
 
 
 def as_decay(c: Expr) -> Decays:

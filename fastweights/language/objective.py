@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .expr import Expr
+from .expr import Expr, rank
 
 if TYPE_CHECKING:
     from .rule import Rule
@@ -102,7 +102,7 @@ def _opaque(node: Expr, g: Any) -> list[tuple[Any, Any]]:
 
 
 def _pull_matmul(a: Any, b: Any, g: Any) -> list[tuple[Any, Any]]:
-    ranks = tuple(x.meta.ndim if isinstance(x, Expr) else x.ndim for x in (a, b))
+    ranks = (rank(a), rank(b))
     if ranks == (1, 1):
         return [(a, g * b), (b, g * a)]
     if ranks == (2, 1):

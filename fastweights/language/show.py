@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .expr import Expr, added_axis, ordered
+from .expr import Expr, added_axis, ordered, rank
 from .program import Program
 
 _GREEK = {"beta": "β", "gamma": "γ", "eta": "η", "phi": "φ", "alpha": "α", "mu": "μ", "lam": "λ", "theta": "θ", "tau": "τ"}
@@ -113,16 +113,16 @@ class _Printer:
 
     def _mul(self, a: Any, b: Any) -> tuple[str, int]:
         """Numbers stand in front; a vector beside a matrix is a diagonal matrix."""
-        if _rank(a) == _rank(b) == 1:
+        if rank(a) == rank(b) == 1:
             return f"{self.at(a, _PRODUCT)}{self.style.odot}{self.at(b, _PRODUCT)}", _PRODUCT
-        if 2 in (_rank(a), _rank(b)):
-            matrix, other = (a, b) if _rank(a) == 2 and added_axis(a) is None else (b, a)
+        if 2 in (rank(a), rank(b)):
+            matrix, other = (a, b) if rank(a) == 2 and added_axis(a) is None else (b, a)
             diagonal = self.style.diag.format(self.show(other)[0])
             if added_axis(other) is not None:
                 return f"{diagonal} {self.at(matrix, _PRODUCT)}", _PRODUCT
-            if _rank(other) == 1:
+            if rank(other) == 1:
                 return f"{self.at(matrix, _PRODUCT)} {diagonal}", _PRODUCT
-        first, second = sorted((a, b), key=_rank)
+        first, second = sorted((a, b), key=rank)
         return f"{self.at(first, _PRODUCT)} {self.at(second, _PRODUCT)}", _PRODUCT
 
     def _div(self, a: Any, b: Any) -> tuple[str, int]:
@@ -143,8 +143,8 @@ class _Printer:
         return f"{self.at(a, _ATOM)}{self.style.transpose}", _PRODUCT if self.style.latex else _ATOM
 
     def _matmul(self, a: Any, b: Any) -> tuple[str, int]:
-        left = self.at(a, _PRODUCT if _rank(a) == 2 else _ATOM)
-        dot = self.style.transpose if _rank(a) == 1 else ""
+        left = self.at(a, _PRODUCT if rank(a) == 2 else _ATOM)
+        dot = self.style.transpose if rank(a) == 1 else ""
         return f"{left}{dot} {self.at(b, _ATOM)}", _PRODUCT
 
     def _outer(self, a: Any, b: Any) -> tuple[str, int]:
@@ -152,10 +152,6 @@ class _Printer:
 
     def _getitem(self, a: Any, index: Any) -> tuple[str, int]:
         return f"{self.at(a, _ATOM)}[{_index(index)}]", _ATOM
-
-
-def _rank(x: Any) -> int:
-    return x.meta.ndim if isinstance(x, Expr) else x.ndim if isinstance(x, Tensor) else 0
 
 
 def _index(index: Any) -> str:

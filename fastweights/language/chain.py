@@ -131,8 +131,7 @@ def writes(chain: Chain, left: Lin, key: Expr) -> Chain:
         const = plus(const, c)
         reads[version] = q if version not in reads else reads[version] + q
     for version, x in sorted(reads.items(), reverse=True) or [(len(chain), None)]:
-        new = MicroStep(x=x, y=None if x is None else key, u=const, w=None if const is None else key)
-        new = replace(new, lag=len(chain) - version)
+        new = MicroStep(x=x, y=None if x is None else key, u=const, w=None if const is None else key, lag=len(chain) - version)
         merged = _merge(chain[-1], new) if chain else None
         chain = (*chain, new) if merged is None else (*chain[:-1], merged)
         const = None

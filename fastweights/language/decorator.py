@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -59,9 +60,7 @@ def rule(body: Callable[..., Any] | None = None, /, *, name: str = "", objective
     >>> forgetful.forms
     ('recurrent', 'parallel', 'chunk')
     """
-    if body is None:
-        return lambda fn: rule_of(fn, name=name, objective=objective, cite=cite)
-    return rule_of(body)
+    return rule_of(body) if body is not None else partial(rule_of, name=name, objective=objective, cite=cite)
 
 
 def rule_of(fn: Callable[..., Any], *, name: str = "", objective: Objective | None = None, cite: str = "") -> Rule:

@@ -96,12 +96,11 @@ class _Printer:
         return shown if binds >= level else f"({shown})"
 
     def _call(self, node: Expr) -> tuple[str, int]:
-        given = [a for a in pytree.tree_leaves(node.args) if isinstance(a, (Expr, int, float))]
-        named = [f"{n}={self.show(a)[0]}" for n, a in node.kwargs.items() if isinstance(a, (Expr, int, float))]
-        inner = ", ".join([*(self.show(a)[0] for a in given), *named])
+        shown = [self.show(a)[0] for a in pytree.tree_leaves(node.args) if isinstance(a, (Expr, int, float))]
+        shown += [f"{n}={self.show(a)[0]}" for n, a in node.kwargs.items() if isinstance(a, (Expr, int, float))]
         op = node.op.replace("maximum", "max").replace("minimum", "min")
         op = op.replace("_", "\\_") if self.style.latex else op
-        return self.style.function.format(op, inner), _ATOM
+        return self.style.function.format(op, ", ".join(shown)), _ATOM
 
     def _add(self, a: Any, b: Any) -> tuple[str, int]:
         if isinstance(b, Expr) and b.op == "neg":

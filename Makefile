@@ -6,10 +6,14 @@ STAMP := .venv/.installed
 
 .PHONY: demo test test-slow lint types format clean
 
-$(STAMP): pyproject.toml constraints.txt
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
+KERNELS := CMakeLists.txt $(wildcard fastweights/engine/csrc/*)
+
+# what is compiled (only for this machine) is installed beside the other packages of .venv
+$(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --config-settings=cmake.define.FASTWEIGHTS_ISAS=native --editable '.[dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)

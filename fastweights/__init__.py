@@ -2,7 +2,8 @@
 
 from . import rules
 from .engine.check import check
-from .engine.scan import Output, Plan, attention_matrix, plan, scan, step, unroll
+from .engine.scan import Output, Plan, attention_matrix, plan, scan, unroll
+from .engine.step import step
 from .language.decorator import descend, outer, rule
 from .language.errors import FastWeightError, FormError, RuleError, SignalError, SignalTypeError
 from .language.objective import Objective

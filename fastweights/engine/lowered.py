@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..language.evaluate import evaluate
-from ..language.expr import Expr
+from ..language.expr import Expr, ordered
 from ..language.program import Carry, Program
 from . import carry
 from .block import Micro
@@ -17,6 +17,7 @@ from .decay import Decay, only
 from .inputs import Inputs, may_look
 
 Form = Callable[[Micro, Tensor], tuple[list[Tensor], Tensor]]
+Engine = Callable[["Prepared", Tensor], tuple[list[Tensor], Tensor]]  # what is read (B, T, *heads, D) and the final W
 
 # Beyond this many micro-steps a block that erases loses digits that the recurrence keeps: what is erased cancels only in
 # the sum over the block. Measured with keys of one sign: error against the float32 recurrence 1.5x at 16, 2.2x at 32, 4x at 64.
@@ -28,38 +29,70 @@ def widens(program: Program, dtype: torch.dtype, block: int) -> bool:
     return dtype == torch.float32 and program.erase != "none" and block > SAFE_ERASE
 
 
-def run(program: Program, given: Inputs, form: Form, block: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The outputs (B, T, H, ...) and the final states; ``block`` is how many micro-steps the form takes at once."""
+class Prepared:
+    """A call of a program: its signals as values of the leaves, and the states beside W carried over time.
+
+    ``values`` have the axes (B, T, *heads, ...), ``lead`` of them before those of one token; ``raw`` are the signals as given.
+    """
+
+    def __init__(self, program: Program, given: Inputs) -> None:
+        self.program, self.given = program, given
+        self.heads = _head_axes([x.shape[2] for x in given.signals.values()] + [given.H])
+        self.lead = 2 + len(self.heads)
+        self.raw = {program.leaves[n]: x for n, x in given.signals.items()}
+        self.values: dict[Expr, Tensor] = {}
+        self.starts = {n: s.unflatten(1, self.heads) for n, s in zip(given.rule.states, given.states, strict=True)}
+        self.finals: dict[str, Tensor] = {}
+        for step in program.carries:
+            self.evaluate([e for e in (step.decay, step.input) if e is not None])
+            self.finals[step.name] = _carried(step, program, self.values, self.starts[step.name], given, self.lead)
+
+    def evaluate(self, wanted: Iterable[Expr]) -> None:
+        """Adds what is wanted to ``values``."""
+        wanted = [e for e in wanted if e not in self.values]
+        if not wanted:
+            return
+        for leaf in ordered(wanted, self.values):
+            if leaf in self.raw:
+                self.values[leaf] = _spread(self.raw[leaf].to(self.given.dtype), self.heads)
+        self.values = evaluate(wanted, self.values, self.lead)
+
+
+def run(program: Program, given: Inputs, engine: Engine) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The outputs (B, T, H, ...) and the final states; ``engine`` runs the micro-steps."""
     if not given.T:
         return given.empty(), given.states
-    heads = _head_axes([x.shape[2] for x in given.signals.values()] + [given.H])
-    lead = 2 + len(heads)
-    values = {program.leaves[n]: _spread(x.to(given.dtype), heads) for n, x in given.signals.items()}
+    prepared = Prepared(program, given)
     first, *others = given.rule.states
-    starts = {n: s.unflatten(1, heads) for n, s in zip(given.rule.states, given.states, strict=True)}
-    finals = {n: _carried(c, program, values, starts[n], given, lead) for c in program.carries if (n := c.name)}
-
-    values = evaluate(program.expressions(), values, lead)
-    micro = _micro(program, values, given, lead)
-    weights = starts[first].mT if program.transposed else starts[first]
-    micro, weights, spoilt, unread = _contained(micro, weights)
-    if widens(program, given.dtype, block):
-        reads, weights = form(micro.map(lambda t, _: t.double()), weights.double())
-        reads, weights = [r.to(given.dtype) for r in reads], weights.to(given.dtype)
-    else:
-        reads, weights = form(micro, weights)
-    if spoilt is not None:
-        parts = zip(reads, unread, program.reads, strict=True)
-        reads = [torch.where((spoilt.any(-1, keepdim=True) if at.backward else spoilt) | no, torch.nan, r) for r, no, at in parts]
-        weights = torch.where(spoilt[..., -1, :].unsqueeze(-1), torch.nan, weights)
-    for leaf, read in zip(program.read_leaves, reads, strict=True):
-        values[leaf] = read[..., program.n - 1 :: program.n, :].movedim(-2, 1)
-    y = evaluate([program.output], values, lead)[program.output].to(given.dtype)
-    if y.ndim == program.output.meta.ndim:  # the same for all tokens
-        y = y.reshape((1,) * lead + y.shape)
+    weights = prepared.starts[first]
+    reads, weights = engine(prepared, weights.mT if program.transposed else weights)
+    prepared.values |= dict(zip(program.read_leaves, reads, strict=True))
+    prepared.evaluate([program.output])
+    y, lead, heads = prepared.values[program.output], prepared.lead, prepared.heads
     y = y.expand(given.B, given.T, *heads, *y.shape[lead:]).flatten(2, lead - 1)
-    finals[first] = weights.mT if program.transposed else weights
-    return y, tuple(finals[n].expand(starts[n].shape).flatten(1, lead - 2) for n in (first, *others))
+    finals = {**prepared.finals, first: weights.mT if program.transposed else weights}
+    return y, tuple(finals[n].expand(prepared.starts[n].shape).flatten(1, lead - 2) for n in (first, *others))
+
+
+def blocks(form: Form, block: int) -> Engine:
+    """The engine of the torch forms; ``block`` is how many micro-steps the form takes at once."""
+
+    def engine(prepared: Prepared, weights: Tensor) -> tuple[list[Tensor], Tensor]:
+        program, given = prepared.program, prepared.given
+        prepared.evaluate(program.expressions())
+        micro, weights, spoilt, unread = _contained(_micro(program, prepared.values, given, prepared.lead), weights)
+        if widens(program, given.dtype, block):
+            reads, weights = form(micro.map(lambda t, _: t.double()), weights.double())
+            reads, weights = [r.to(given.dtype) for r in reads], weights.to(given.dtype)
+        else:
+            reads, weights = form(micro, weights)
+        if spoilt is not None:
+            parts = zip(reads, unread, program.reads, strict=True)
+            reads = [torch.where((spoilt.any(-1, keepdim=True) if at.backward else spoilt) | no, torch.nan, r) for r, no, at in parts]
+            weights = torch.where(spoilt[..., -1, :].unsqueeze(-1), torch.nan, weights)
+        return [read[..., program.n - 1 :: program.n, :].movedim(-2, 1) for read in reads], weights
+
+    return engine
 
 
 def _head_axes(counts: list[int]) -> tuple[int, ...]:
@@ -88,9 +121,8 @@ def _spread(x: Tensor, heads: tuple[int, ...]) -> Tensor:
 
 def _carried(step: Carry, program: Program, values: dict[Expr, Tensor], start: Tensor, given: Inputs, lead: int) -> Tensor:
     """Adds the state before every token to ``values``; returns the state after the last."""
-    known = evaluate([e for e in (step.decay, step.input) if e is not None], values, lead)
     linear = step.kind == "linear"
-    parts = [known[e] if e is not None else torch.zeros(()) for e in (step.decay, step.input)]
+    parts = [values[e] if e is not None else torch.zeros(()) for e in (step.decay, step.input)]
     scalar = program.leaves[step.name].meta.ndim == 0
     begin = start.unsqueeze(-1) if scalar else start
     shape = (given.B, given.T, *start.shape[1 : lead - 1], begin.shape[-1])

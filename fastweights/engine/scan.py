@@ -1,4 +1,4 @@
-"""``scan``, ``step``, ``unroll``, ``attention_matrix`` and ``plan``: check what was given, choose a form, run it."""
+"""``scan``, ``unroll``, ``attention_matrix`` and ``plan``: check what was given, choose a form, run it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..language.program import Program
 from ..language.roles import ROLES
 from ..language.rule import FORMS, Rule
 from ..language.trace import Trace
-from . import lowered
+from . import cpu, lowered
 from .chunk import chunked
 from .inputs import Inputs, check, may_look, one_of, require_rule, whole_number
 from .parallel import parallel
 from .recurrent import recurrent
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "cpu")
 
 
 class Output(NamedTuple):
@@ -63,8 +63,8 @@ def scan(
         state: W before the first token, (B, H, V, K); zero if not given. A tuple for a rule with several states.
         reset: bool (B, T): W returns to zero before these tokens (packed documents).
         form: ``recurrent``, ``parallel``, ``chunk`` or ``auto``. All give the same numbers, up to rounding.
-        backend: ``torch`` or ``auto``.
-        chunk_size: tokens a chunk, in the chunk form.
+        backend: ``torch`` (any device), ``cpu`` (the compiled kernels, which run the chunk form) or ``auto``.
+        chunk_size: tokens a chunk, in the chunk form of torch.
         signals: by name, (B, T, H, ...); a signal may have fewer heads if their number divides H.
 
     Returns:
@@ -82,20 +82,19 @@ def scan(
     ([3.0, 5.0], [3.0, 5.0])
     """
     given = check(rule, signals, state, reset)
-    return _run(given, _plan(given, form, backend, chunk_size))
+    return run(given, choose(given, form, backend, chunk_size))
 
 
-def _run(given: Inputs, chosen: Plan) -> Output:
+def run(given: Inputs, chosen: Plan) -> Output:
     if chosen.form == "recurrent":
         y, states = recurrent(given)
     else:
         program = given.rule.trace_for(given.token_shapes()).program
         assert program is not None
-        if chosen.form == "parallel":
-            y, states = lowered.run(program, given, parallel, given.T * program.n)
-        else:
-            size = program.n * (chosen.chunk_size or 1)
-            y, states = lowered.run(program, given, lambda micro, weights: chunked(micro, weights, size), size)
+        size = given.T * program.n if chosen.form == "parallel" else program.n * (chosen.chunk_size or 1)
+        form = parallel if chosen.form == "parallel" else lambda micro, weights: chunked(micro, weights, size)
+        engine = cpu.blocks if chosen.backend == "cpu" else lowered.blocks(form, size)
+        y, states = lowered.run(program, given, engine)
     w, *others = states
     return Output(y.to(given.out), states if others else w)
 
@@ -117,10 +116,10 @@ def plan(
     >>> fw.plan(fw.rules.hebb, q=k, k=k, v=k).form
     'chunk'
     """
-    return _plan(check(rule, signals, state, reset), form, backend, chunk_size)
+    return choose(check(rule, signals, state, reset), form, backend, chunk_size)
 
 
-def _plan(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Plan:
+def choose(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Plan:
     rule = given.rule
     one_of(rule, "form", form, (*FORMS, "auto"))
     one_of(rule, "backend", backend, (*BACKENDS, "auto"))
@@ -130,16 +129,40 @@ def _plan(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Pla
             raise SignalError(f"{rule.name}: chunk_size belongs to the chunk form, but form is {form!r}; leave one of them out")
     known = rule.trace_for(given.token_shapes())
     if known.program is None:
-        if form in ("parallel", "chunk"):
-            raise FormError(f"form {form!r} is refused: {rule.explain(known)}\n  It runs in form 'recurrent'.")
+        if form in ("parallel", "chunk") or backend == "cpu":
+            asked = f"form {form!r}" if form in ("parallel", "chunk") else "backend 'cpu'"
+            raise FormError(f"{asked} is refused: {rule.explain(known)}\n  It runs in form 'recurrent' on backend 'torch'.")
         return Plan("recurrent", "torch", None, _flops(given, known, 1), rule.explain(known))
-    kind = known.program.kind
+    affine = f"the rule is affine in W ({known.program.kind})"
+    refused = _kernels_refuse(given, known.program, form, chunk_size)
+    if backend == "cpu" and refused:
+        raise FormError(f"backend 'cpu' is refused for rule {rule.name!r}: {refused}; leave backend='auto', or ask for 'torch'")
+    if backend != "torch" and not refused:
+        size = max(cpu.CHUNK // max(known.program.n, len(known.program.reads)), 1)
+        why = f"{affine}: the compiled kernels ({cpu.library().isa}) run it chunk by chunk"
+        return Plan("chunk", "cpu", size, _flops(given, known, size), why)
+    return _torchchoose(given, known, form, chunk_size, affine, "" if backend == "torch" else refused)
+
+
+def _kernels_refuse(given: Inputs, program: Program, form: str, chunk_size: int | None) -> str:
+    """Why the compiled kernels do not run a call; nothing if they do."""
+    if form not in ("chunk", "auto"):
+        return f"form {form!r} was asked for, and the kernels run form 'chunk'"
+    if chunk_size is not None:
+        return f"chunk_size = {chunk_size} was asked for, and the kernels have their own"
+    return cpu.refusal(program, given)
+
+
+def _torchchoose(given: Inputs, known: Trace, form: str, chunk_size: int | None, affine: str, refused: str) -> Plan:
+    assert known.program is not None
     if form == "auto" and given.T == 1:
-        form, why = "recurrent", f"one token: nothing to gain from a chunk; the rule is affine in W ({kind})"
+        form, why = "recurrent", f"one token: nothing to gain from a chunk; {affine}"
     elif form == "auto":
-        form, why = "chunk", f"the rule is affine in W ({kind}): linear in T, and all tokens of a chunk at once"
+        form, why = "chunk", f"{affine}: linear in T, and all tokens of a chunk at once"
     else:
-        why = f"asked for; the rule is affine in W ({kind})"
+        why = f"asked for; {affine}"
+    if refused:
+        why += f"; not on the compiled kernels: {refused}"
     if form == "recurrent":
         return Plan(form, "torch", None, _flops(given, known, 1), why)
     size = given.T if form == "parallel" else min(chunk_size or _chunk_size(given, known.program), max(given.T, 1))
@@ -160,20 +183,6 @@ def _flops(given: Inputs, known: Trace, size: int) -> float:
     n = known.program.n if known.program else 1
     tokens = given.B * given.H * given.T
     return 2.0 * tokens * n * (3 * given.K * given.V + (n * size - 1) * (given.K + given.V))
-
-
-def step(rule: Rule, W: Any = None, /, *, form: str = "auto", backend: str = "auto", **signals: Tensor) -> Output:
-    """One token: like ``scan``, with signals (B, H, ...) that have no T axis.
-
-    >>> import torch, fastweights as fw
-    >>> k, v = torch.ones(1, 1, 1), torch.full((1, 1, 2), 3.0)
-    >>> y, W = fw.step(fw.rules.hebb, None, q=k, k=k, v=v)
-    >>> y.tolist(), W.shape
-    ([[[3.0, 3.0]]], torch.Size([1, 1, 2, 1]))
-    """
-    given = check(rule, signals, W, time=False)
-    y, state = _run(given, _plan(given, form, backend, None))
-    return Output(y.squeeze(1), state)
 
 
 def unroll(rule: Rule, *, state: Any = None, reset: Tensor | None = None, **signals: Tensor) -> Tensor:
@@ -221,7 +230,7 @@ def attention_matrix(rule: Rule, *, reset: Tensor | None = None, **signals: Tens
 
 def _in_parallel(rule: Rule, signals: dict[str, Tensor], reset: Tensor | None) -> Tensor:
     given = check(rule, signals, reset=reset)
-    return _run(given, _plan(given, "parallel", "auto", None)).y
+    return run(given, choose(given, "parallel", "auto", None)).y
 
 
 def _refuse_if_no_matrix(rule: Rule) -> None:

@@ -1,0 +1,481 @@
+// The backward pass, chunk by chunk from the last to the first. do_r is the gradient of what reader r read: of val_i for x_i (so that
+// du_i = dval_i), of the output for q_r. dS is the gradient of S at the end of the chunk, S_0 the state at its start:
+//
+//   dval_e    = dS^T (D(e -> C) y_e) + sum over readers r that see e of score_re do_r        from the last to the first
+//   dreader_r = P (S_0 do_r) + sum over e < p_r of (do_r . val_e) D(e -> p_r) y_e
+//   dy_e      = D(e -> C) (dS val_e) + sum over r of (do_r . val_e) D(e -> p_r) reader_r
+//   dlog a_l  = P_C rowsum(S_0 dS) + what readers at or after l take from S_0 + what events before l leave in S + the pairs (e, r) around l
+//   dS_0      = diag(P_C) dS + sum over r of (P reader_r) do_r^T
+//
+// dlog a is a sum over the paths that a_l decays, so that nothing cancels and nothing is divided by a decay. The states S_0 of a segment are
+// rebuilt from its checkpoint and the values that the forward pass saved. A read of a program on rows is the same with q and the
+// gradient of what was read in each other's place. Heads that share a key are one task, so that sums over them have one order.
+#include <type_traits>
+
+#include "chunk.h"
+
+namespace fw {
+
+// What the gradients are written to: the same structures with data where a gradient is wanted.
+struct Gradient {
+    Micro* micro;
+    Read* read;          // q: the gradient of q; out: that of what was read (given)
+    Tensor first, last;  // first is written, last is given
+    int64_t groups;      // heads that some tensor shares are done in turn: H / groups of them
+};
+
+template <Decay DECAY, Erase ERASE>
+struct Backward {
+    using Part = Chunk<DECAY, ERASE>;
+    static constexpr int EVENTS = Part::EVENTS, SETS = Part::SETS;
+    const Problem& p;
+    const Gradient& grad;
+    Layout at;
+    Scratch memory;
+    Part chunk;
+    float *states, *zeros, *dS;     // S_0 of the chunks of a segment; nothing; the gradient of S
+    float *given, *given_turned;    // [2C][Vp] do_r, and transposed
+    float *values_turned, *dvalues; // [EVENTS][Vp]
+    float *weight, *full;           // [2C][EVENTS] do_r . val_e; the same times the reader's coefficient (and, per head, D)
+    float *dreaders, *dkeys;        // [2C][Kp], [EVENTS][Kp]
+    float *turned, *dlog, *row;     // a product with tokens along rows; [C][Kp]
+    double log_of_head[C];
+
+    static int64_t most_tokens(const Problem& p) { return C / (p.n > p.reads ? p.n : p.reads); }
+    static int64_t slots(const Problem& p) { return p.segment / most_tokens(p) + 2; }
+    static int64_t size(const Problem& p) {
+        Layout at(p);
+        return Part::size(at) + (slots(p) + 2) * at.state() + (4 * C + 2 * EVENTS) * at.Vp + 4 * C * EVENTS +
+               (4 * C + EVENTS + C) * at.Kp + at.Kp + at.Vp + 4096;
+    }
+
+    Backward(const Problem& problem, const Gradient& gradient)
+        : p(problem), grad(gradient), at(p), memory{scratch(size(p))}, chunk(p, at, memory) {
+        chunk.gradient = grad.read;
+        states = memory.take(slots(p) * at.state()), zeros = memory.take(at.state()), dS = memory.take(at.state());
+        given = memory.take(2 * C * at.Vp), given_turned = memory.take(2 * C * at.Vp);
+        values_turned = memory.take(EVENTS * at.Vp), dvalues = memory.take(EVENTS * at.Vp);
+        weight = memory.take(2 * C * EVENTS), full = memory.take(2 * C * EVENTS);
+        dreaders = memory.take(2 * C * at.Kp), dkeys = memory.take(EVENTS * at.Kp);
+        turned = memory.take(2 * C * at.Kp), dlog = memory.take(C * at.Kp);
+        row = memory.take(at.Kp + at.Vp);
+        std::memset(zeros, 0, sizeof(float) * at.state());
+    }
+
+    void head(int64_t b, int64_t h) {
+        const int64_t segments = (p.T + p.segment - 1) / p.segment;
+        load_state(at, dS, grad.last, b, h);
+        for (int64_t s = segments - 1; s >= 0; s--) segment(b, h, s, p.checkpoints + ((b * p.H + h) * segments + s) * at.state());
+        store_state(at, dS, grad.first, b, h);
+    }
+
+    void segment(int64_t b, int64_t h, int64_t s, const float* checkpoint) {
+        constexpr int MOST = 1024;  // tokens a segment
+        int64_t token = s * p.segment, end = token + p.segment < p.T ? token + p.segment : p.T, first[MOST + 1];
+        const float* start[MOST];
+        float* slot = states;
+        int chunks = 0;
+        for (; token < end; chunks++) {
+            const bool anew = starts_anew(p, b, token);
+            start[chunks] = anew ? zeros : chunks == 0 ? checkpoint : slot - at.state();
+            first[chunks] = token;
+            int count = next_chunk(p, b, token, end);
+            token += count;
+            if (token == end || starts_anew(p, b, token)) continue;
+            chunk.load_keys(b, h, first[chunks], count, false);
+            load_values(b * p.H + h);
+            std::memcpy(slot, start[chunks], sizeof(float) * at.state());
+            write_rows(at, slot, chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, chunk.steps);
+            if (ERASE == FREE) write_rows(at, slot, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, chunk.steps);
+            slot += at.state();
+        }
+        first[chunks] = end;
+        for (int c = chunks - 1; c >= 0; c--) {
+            chunk.load_keys(b, h, first[c], static_cast<int>(first[c + 1] - first[c]), true);
+            load_values(b * p.H + h);
+            run(start[c]);
+            if (start[c] == zeros) std::memset(dS, 0, sizeof(float) * at.state());
+        }
+    }
+
+    void load_values(int64_t of_head) {
+        if (ERASE != NO_ERASE)
+            std::memcpy(chunk.values, p.values + (of_head * p.T + chunk.token) * p.n * at.Vp, sizeof(float) * chunk.steps * at.Vp);
+        if (ERASE != TIED)
+            for (int i = 0; i < chunk.steps; i++) {
+                const Micro& m = chunk.micro(i);
+                float* u = chunk.values + (ERASE == FREE ? C + i : i) * at.Vp;
+                chunk.vector(u, m.u, i, p.n, at.V, at.Vp, chunk.coefficient(m.cu, i, m.su));
+            }
+    }
+
+    void run(const float* S) {
+        const int readers = ERASE == NO_ERASE ? C : 2 * C, from = 2 * C - readers;
+        chunk.scores();
+        for (int r = 0; r < chunk.reads; r++)
+            chunk.vector(given + (C + r) * at.Vp, p.backward_reads ? p.read[r % p.reads].q : grad.read[r % p.reads].out, r, p.reads, at.V, at.Vp, 1);
+        gradient_of_values();
+        for (int s = 0; s < SETS; s++) transpose(values_turned + s * C, EVENTS, chunk.values + s * C * at.Vp, at.Vp, C, at.Vp);
+        transpose(given_turned, readers, given + from * at.Vp, at.Vp, readers, at.Vp);
+        weights(from);
+        read_back(at, turned, S, given_turned, readers);
+        transpose(dreaders + from * at.Kp, at.Kp, turned, readers, at.Kp, readers);
+        read_back(at, turned, dS, values_turned, EVENTS);
+        transpose(dkeys, at.Kp, turned, EVENTS, at.Kp, EVENTS);
+        if (DECAY != NO_DECAY) through_the_chunk(S);
+        advance();
+        if (DECAY == PER_KEY) within_per_key();
+        else within();
+        if (p.backward_reads) gradient_of_backward_queries(S);
+        write_gradients();
+    }
+
+    // ---- value space -------------------------------------------------------------------------------------------------
+
+    INLINE float* gradient_of_first() { return ERASE == NO_ERASE ? dvalues : given; }
+
+    void gradient_of_values() {
+        float* first = gradient_of_first();
+        read_rows(at, first, chunk.ends, dS, chunk.steps);
+        if (p.n == 1 && p.reads == 1 && p.read[0].version == 1 && chunk.steps == C) solve_usual(first);
+        else solve(first, 0, ERASE != NO_ERASE);
+        if (ERASE != FREE) return;
+        read_rows(at, dvalues + C * at.Vp, chunk.ends + C * at.Kp, dS, chunk.steps);
+        solve(dvalues + C * at.Vp, C, true);
+    }
+
+    // rows_e += what later readers of event `set` + e pass on
+    void solve(float* rows, int set, bool with_x) {
+        const int* of = chunk.versions.of;
+        for (int e = chunk.steps - 1; e >= 0; e--) {
+            int r = 0;
+            while (r < chunk.reads && of[C + r] <= e) r++;
+            const float* score = chunk.score + set + e;
+            combine(rows + e * at.Vp, score + (C + r) * EVENTS, EVENTS, given + (C + r) * at.Vp, at.Vp, chunk.reads - r, at.Vp);
+            if (with_x) combine(rows + e * at.Vp, score + (e + 1) * EVENTS, EVENTS, given + (e + 1) * at.Vp, at.Vp, chunk.steps - 1 - e, at.Vp);
+        }
+    }
+
+    // The same for a whole chunk whose query r sees the events up to r: a vector of columns at a time, in registers.
+    void solve_usual(float* rows) {
+        for (int c = 0; c < at.Vp; c += L) {
+            vec x[C];
+#pragma GCC unroll 16
+            for (int e = 0; e < C; e++) x[e] = load(rows + e * at.Vp + c);
+#pragma GCC unroll 16
+            for (int r = 0; r < C; r++) {
+                vec g = load(given + (C + r) * at.Vp + c);
+#pragma GCC unroll 16
+                for (int e = 0; e <= r; e++) x[e] += chunk.score[(C + r) * EVENTS + e] * g;
+            }
+#pragma GCC unroll 16
+            for (int i = C - 1; i >= 0; i--) {
+                if (ERASE != NO_ERASE)
+#pragma GCC unroll 16
+                    for (int e = 0; e < i; e++) x[e] += chunk.score[i * EVENTS + e] * x[i];
+                store(rows + i * at.Vp + c, x[i]);
+            }
+        }
+    }
+
+    // weight_re = do_r . val_e, zero where r does not see e
+    void weights(int from) {
+        for (int r = from; r < 2 * C; r += 8)
+            for (int e = 0; e < EVENTS && r % C < (r < C ? chunk.steps : chunk.reads); e += L)
+                tile<8, 1, ZERO>(weight + r * EVENTS + e, EVENTS, given + r * at.Vp, at.Vp, 1, values_turned + e, EVENTS, at.Vp, nullptr, 0);
+        each_reader([&](int r, int seen) {
+            for (int e = 0; e < EVENTS; e += L) {
+                float* w = weight + r * EVENTS + e;
+                store(w, select(first_lanes(seen - e % C), load(w), vec{}));
+            }
+        });
+    }
+
+    template <class F>
+    void each_reader(F f) const {
+        for (int i = 0; i < chunk.steps && ERASE != NO_ERASE; i++) f(i, chunk.versions.of[i]);
+        for (int r = C; r < C + chunk.reads; r++) f(r, chunk.versions.of[r]);
+    }
+
+    // full_re = weight_re times the coefficient of the reader; per head D becomes part of both
+    void weigh() {
+        each_reader([&](int r, int seen) {
+            for (int e = 0; e < EVENTS; e += L) {
+                vec x = load(weight + r * EVENTS + e);
+                if (DECAY == PER_HEAD) x = select(first_lanes(seen - e % C), x * load(chunk.between + seen * C + e % C), vec{});
+                store(weight + r * EVENTS + e, x);
+                store(full + r * EVENTS + e, r < C ? x * chunk.cx[r] : x);
+            }
+        });
+    }
+
+    // ---- key space ---------------------------------------------------------------------------------------------------
+
+    // a row of S . the same row of dS, for L keys
+    vec row_sums(const float* S, int k) const {
+        vec products[L] = {};
+        for (int n = 0; n < at.panels; n++)
+            for (int j = 0; j < L; j++) {
+                int64_t of = (static_cast<int64_t>(n) * at.Kp + k + j) * at.panel;
+                for (int v = 0; v < at.panel; v += L) products[j] += load(S + of + v) * load(dS + of + v);
+            }
+        return sums(products);
+    }
+
+    // What passes through the start or the end of the chunk: decays dreaders and dkeys, and begins dlog.
+    void through_the_chunk(const float* S) {
+        if (DECAY == PER_KEY) through_per_key(S);
+        else through_per_head(S);
+    }
+
+    void through_per_key(const float* S) {
+        const int steps = chunk.steps;
+        const Versions& at_version = chunk.versions;
+        for (int k = 0; k < at.Kp; k += L) {
+            vec from_start = {}, taken[C], to_end[C], a = broadcast(1);
+            for (int v = steps; v >= 0; v--) {
+                for (int n = at_version.start[v]; n < at_version.start[v + 1]; n++) {
+                    int of = at_version.reader[n] * at.Kp + k;
+                    vec d = load(dreaders + of);
+                    from_start += load(chunk.scaled + of) * d;
+                    store(dreaders + of, d * load(chunk.left + v * at.Kp + k));
+                }
+                if (v == 0) break;
+                taken[v - 1] = from_start, to_end[v - 1] = a;
+                a *= load(chunk.decay + (v - 1) * at.Kp + k);
+            }
+            vec whole = row_sums(S, k) * load(chunk.left + steps * at.Kp + k), left_there = {};
+            for (int e = 0; e < steps; e++) {
+                store(dlog + e * at.Kp + k, whole + (taken[e] + left_there));
+                for (int s = 0; s < SETS; s++) {
+                    int of = (s * C + e) * at.Kp + k;
+                    vec d = load(dkeys + of);
+                    left_there += load(chunk.ends + of) * d;
+                    store(dkeys + of, d * to_end[e]);
+                }
+            }
+        }
+    }
+
+    // One number a micro-step: the sums are few, and kept in double precision.
+    void through_per_head(const float* S) {
+        const int steps = chunk.steps;
+        double taken[2 * C], left_there[C] = {}, whole = 0, later = 0, earlier = 0;
+        for (int k = 0; k < at.Kp; k += L) whole += sum_exactly(row_sums(S, k));
+        whole *= chunk.left[steps];
+        each_reader([&](int r, int seen) { taken[r] = through(dreaders + r * at.Kp, chunk.scaled + r * at.Kp, chunk.left[seen]); });
+        for (int e = 0; e < steps; e++)
+            for (int s = 0; s < SETS; s++)
+                left_there[e] += through(dkeys + (s * C + e) * at.Kp, chunk.ends + (s * C + e) * at.Kp, chunk.between[steps * C + e]);
+        for (int l = steps - 1; l >= 0; l--) {
+            for (int n = chunk.versions.start[l + 1]; n < chunk.versions.start[l + 2]; n++) later += taken[chunk.versions.reader[n]];
+            log_of_head[l] = whole + later;
+        }
+        for (int l = 0; l < steps; earlier += left_there[l++]) log_of_head[l] += earlier;
+    }
+
+    // The inner product of two rows; the first is then scaled.
+    double through(float* d, const float* row, float by) const {
+        vec inner = {};
+        for (int k = 0; k < at.Kp; k += L) {
+            vec x = load(d + k);
+            inner += x * load(row + k);
+            store(d + k, x * by);
+        }
+        return sum_exactly(inner);
+    }
+
+    INLINE static double sum_exactly(vec x) {
+        double out = 0;
+        for (int i = 0; i < L; i++) out += x[i];
+        return out;
+    }
+
+    // dS at the start of the chunk
+    void advance() {
+        if (ERASE != NO_ERASE) write_rows(at, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled, given, chunk.steps);
+        const float* scale = ERASE != NO_ERASE ? chunk.ones : chunk.total();
+        const int stride = ERASE != NO_ERASE ? 0 : Part::TOTAL_STRIDE;
+        write_rows(at, dS, scale, stride, chunk.scaled + C * at.Kp, given + C * at.Vp, chunk.reads);
+    }
+
+    // Between the events and readers of the chunk, where decays are numbers and part of the weights.
+    void within() {
+        const int* of = chunk.versions.of;
+        if (DECAY == PER_HEAD) pairs_per_head();
+        weigh();
+        for (int s = 0; s < SETS; s++) {
+            const float* keys = chunk.keys + s * C * at.Kp;
+            for (int r = 0; r < chunk.reads; r++)
+                combine(dreaders + (C + r) * at.Kp, weight + (C + r) * EVENTS + s * C, 1, keys, at.Kp, of[C + r], at.Kp);
+            for (int i = 0; i < chunk.steps && ERASE != NO_ERASE; i++)
+                combine(dreaders + i * at.Kp, weight + i * EVENTS + s * C, 1, keys, at.Kp, of[i], at.Kp);
+            for (int e = 0; e < chunk.steps; e++) {
+                float *to = dkeys + (s * C + e) * at.Kp, *w = full + s * C + e;
+                int r = 0;
+                while (r < chunk.reads && of[C + r] <= e) r++;
+                combine(to, w + (C + r) * EVENTS, EVENTS, chunk.readers + (C + r) * at.Kp, at.Kp, chunk.reads - r, at.Kp);
+                if (ERASE != NO_ERASE)
+                    combine(to, w + (e + 1) * EVENTS, EVENTS, chunk.readers + (e + 1) * at.Kp, at.Kp, chunk.steps - 1 - e, at.Kp);
+            }
+        }
+    }
+
+    // dlog_l += sum over e < l <= p_r - 1 of what event e gave to reader r
+    void pairs_per_head() {
+        const Versions& at_version = chunk.versions;
+        for (int e = 0; e < EVENTS; e += L) {
+            vec later = {};
+            for (int l = chunk.steps - 1; l > 0; l--) {
+                for (int n = at_version.start[l + 1]; n < at_version.start[l + 2]; n++) {
+                    int of = at_version.reader[n] * EVENTS + e;
+                    later += load(weight + of) * load(chunk.score + of);
+                }
+                log_of_head[l] += sum_exactly(select(first_lanes(l - e % C), later, vec{}));
+            }
+        }
+    }
+
+    // The same where every key has its decay: a vector of keys at a time. sink_le is what event e gives to readers at or after
+    // micro-step l, per unit of what is left of it then.
+    void within_per_key() {
+        const Versions& at_version = chunk.versions;
+        const int steps = chunk.steps;
+        weigh();
+        for (int k = 0; k < at.Kp; k += L) {
+            vec sinks[C][EVENTS], now[EVENTS];
+            for (int l = steps - 1; l >= 0; l--)
+                for (int s = 0; s < EVENTS; s += C) {
+                    vec a = l + 1 < steps ? load(chunk.decay + (l + 1) * at.Kp + k) : vec{};
+                    for (int e = 0; e <= l; e++) now[s + e] = l + 1 < steps ? now[s + e] * a : vec{};
+                    for (int n = at_version.start[l + 1]; n < at_version.start[l + 2]; n++) {
+                        int r = at_version.reader[n];
+                        vec reader = load(chunk.readers + r * at.Kp + k);
+                        for (int e = 0; e <= l; e++) now[s + e] += full[r * EVENTS + s + e] * reader;
+                    }
+                    for (int e = 0; e < l; e++) sinks[l][s + e] = now[s + e];
+                    float* to = dkeys + (s + l) * at.Kp + k;
+                    store(to, load(to) + now[s + l]);
+                }
+            for (int v = 0; v <= steps; v++) {
+                for (int n = at_version.start[v]; n < at_version.start[v + 1]; n++) {
+                    int r = at_version.reader[n];
+                    vec sum = load(dreaders + r * at.Kp + k);
+                    for (int s = 0; s < EVENTS; s += C)
+                        for (int e = 0; e < v; e++) sum += weight[r * EVENTS + s + e] * now[s + e];
+                    store(dreaders + r * at.Kp + k, sum);
+                }
+                if (v == steps) break;
+                vec a = load(chunk.decay + v * at.Kp + k), sum = load(dlog + v * at.Kp + k);
+                for (int s = 0; s < EVENTS; s += C) {
+                    for (int e = 0; e < v; e++) {
+                        now[s + e] *= a;
+                        sum += now[s + e] * sinks[v][s + e];
+                    }
+                    now[s + v] = load(chunk.keys + (s + v) * at.Kp + k);
+                }
+                store(dlog + v * at.Kp + k, sum);
+            }
+        }
+    }
+
+    // ---- out ---------------------------------------------------------------------------------------------------------
+
+    // A tensor that several heads share gets the sum over them.
+    INLINE bool adds(const Tensor& t) const { return chunk.h % (p.H / t.heads) != 0; }
+
+    void emit(const Tensor& t, int i, int64_t per, const float* from, int n, float scale) {
+        if (t) store_row(t, chunk.offset(t, i, per), from, n, scale, adds(t));
+    }
+
+    void emit_number(const Tensor& t, int i, double x) {
+        if (!t) return;
+        int64_t of = chunk.offset(t, i, p.n);
+        Type type = static_cast<Type>(t.type);
+        store_one(t.data, of, static_cast<float>((adds(t) ? load_one(t.data, of, type) : 0.0f) + x), type);
+    }
+
+    INLINE static double dot(const float* a, const float* b, int width) {
+        vec x = {};
+        for (int i = 0; i < width; i += L) x += load(a + i) * load(b + i);
+        return sum_exactly(x);
+    }
+
+    // The query of a program on rows is in value space: its gradient is read as an output is.
+    void gradient_of_backward_queries(const float* S) {
+        float* rows = given_turned;
+        read_rows(at, rows, chunk.scaled + C * at.Kp, S, chunk.reads);
+        for (int r = 0; r < chunk.reads; r++) {
+            for (int s = 0; s < SETS; s++)
+                combine(rows + r * at.Vp, chunk.score + (C + r) * EVENTS + s * C, 1, chunk.values + s * C * at.Vp, at.Vp,
+                        chunk.versions.of[C + r], at.Vp);
+            emit(grad.read[r % p.reads].q, r, p.reads, rows + r * at.Vp, at.V, 1);
+        }
+    }
+
+    void write_gradients() {
+        for (int r = 0; r < chunk.reads && !p.backward_reads; r++)
+            emit(grad.read[r % p.reads].q, r, p.reads, dreaders + (C + r) * at.Kp, at.K, 1);
+        for (int i = 0; i < chunk.steps; i++) {
+            const Micro &m = chunk.micro(i), &to = grad.micro[i % p.n];
+            if (ERASE != NO_ERASE) gradient_of_x(m, to, i);
+            emit(ERASE == NO_ERASE ? to.w : to.y, i, p.n, dkeys + i * at.Kp, at.K, 1);
+            if (ERASE == FREE) emit(to.w, i, p.n, dkeys + (C + i) * at.Kp, at.K, 1);
+            gradient_of_u(m, to, i);
+            if (DECAY == PER_KEY) emit(to.g, i, p.n, dlog + i * at.Kp, at.K, 1);
+            if (DECAY == PER_HEAD && to.g) emit_number(to.g, i, log_of_head[i]);
+        }
+    }
+
+    void gradient_of_x(const Micro& m, const Micro& to, int i) {
+        if (!m.x && !m.x_is_y) return;
+        float *d = dreaders + i * at.Kp, *x = chunk.readers + i * at.Kp;
+        const bool decayed = DECAY != NO_DECAY && m.decayed;
+        const double inner = dot(x, d, at.Kp);
+        const float c = chunk.cx[i];
+        emit_number(to.cx, i, inner * m.sx * (DECAY == PER_HEAD && decayed ? chunk.decay[i] : 1.0f));
+        if (DECAY == PER_HEAD && decayed) log_of_head[i] += static_cast<double>(c) * inner;
+        if (DECAY == PER_KEY && decayed)
+            for (int k = 0; k < at.Kp; k += L) {
+                float* log = dlog + i * at.Kp + k;
+                store(log, load(log) + load(x + k) * load(d + k) * c);
+                store(d + k, load(d + k) * load(chunk.decay + i * at.Kp + k));
+            }
+        if (!m.x_is_y) return emit(to.x, i, p.n, d, at.K, c);
+        float* key = dkeys + i * at.Kp;
+        for (int k = 0; k < at.Kp; k += L) store(key + k, load(key + k) + load(d + k) * c);
+    }
+
+    void gradient_of_u(const Micro& m, const Micro& to, int i) {
+        if (!m.u) return;
+        const float* du = ERASE == TIED ? given + i * at.Vp : dvalues + (ERASE == FREE ? C + i : i) * at.Vp;
+        emit(to.u, i, p.n, du, at.V, chunk.coefficient(m.cu, i, m.su));
+        if (!to.cu) return;
+        load_row(row, m.u, chunk.offset(m.u, i, p.n), at.V, at.Vp, 1);
+        emit_number(to.cu, i, dot(row, du, at.Vp) * m.su);
+    }
+};
+
+struct Job {
+    const Problem* p;
+    const Gradient* grad;
+};
+
+template <Decay DECAY, Erase ERASE>
+static void backward(Job job) {
+    parallel(
+        job.p->B * job.grad->groups, job.p->threads,
+        [](void* context, int64_t i) {
+            const Job& job = *static_cast<Job*>(context);
+            const int64_t groups = job.grad->groups, heads = job.p->H / groups;
+            Backward<DECAY, ERASE> pass(*job.p, *job.grad);
+            for (int64_t h = 0; h < heads; h++) pass.head(i / groups, i % groups * heads + h);
+        },
+        &job);
+}
+
+}  // namespace fw
+
+extern "C" __attribute__((visibility("default"))) void fastweights_backward(fw::Problem* p, fw::Gradient* grad) {
+    fw::dispatch(*p, [&](auto decay, auto erase) { fw::backward<decay.value, erase.value>({p, grad}); });
+}

@@ -1,0 +1,366 @@
+// A chunk: up to C consecutive micro-steps of one head, loaded, decayed, and multiplied with each other.
+//
+// Readers are the x of every micro-step (rows 0 ... C-1) and the queries (rows C ...); reader r reads S at version p_r, after p_r
+// micro-steps of the chunk. Events are the writes: the key and value of micro-step e (rows 0 ... C-1), and its w and u where the
+// erase is free (rows C ...). With D(e -> p) = a_{e+1} ... a_{p-1}, what is left at version p of event e,
+//   score_re = reader_r . (D(e -> p_r) key_e)   for e < p_r
+// is formed by decaying the keys step by step, so that nothing is ever divided by a decay.
+#pragma once
+#include "problem.h"
+
+namespace fw {
+
+// The readers of a chunk in the order of the versions they read.
+struct Versions {
+    int steps = -1, reads = -1;
+    int reader[2 * C], start[C + 2], of[2 * C];
+
+    void set(const Problem& p, int steps_now, int reads_now) {
+        if (steps == steps_now && reads == reads_now) return;
+        steps = steps_now, reads = reads_now;
+        if (p.erase != NO_ERASE)
+            for (int i = 0; i < steps; i++) of[i] = i - static_cast<int>(p.micro[i % p.n].lag);
+        for (int r = 0; r < reads; r++) of[C + r] = r / p.reads * p.n + p.read[r % p.reads].version;
+        int at = 0;
+        for (int v = 0; v <= steps; v++) {
+            start[v] = at;
+            for (int i = 0; p.erase != NO_ERASE && i < steps; i++)
+                if (of[i] == v) reader[at++] = i;
+            for (int r = 0; r < reads; r++)
+                if (of[C + r] == v) reader[at++] = C + r;
+        }
+        start[steps + 1] = at;
+    }
+};
+
+// Copies a row of a tensor, times a number, padded with zeros; fetches the row `ahead` numbers on, which a later chunk will load.
+SHARED void load_row(float* out, const Tensor& t, int64_t offset, int n, int padded, float scale, int64_t ahead = 0) {
+    const Type type = static_cast<Type>(t.type);
+    int i = 0;
+    if (t.channel == 1) {
+        if (type == F32) {
+            const float* from = reinterpret_cast<const float*>(t.data) + offset;
+            for (; i + L <= n; i += L) {
+                __builtin_prefetch(from + ahead + i);
+                store(out + i, load(from + i) * scale);
+            }
+        } else {
+            const uint16_t* from = reinterpret_cast<const uint16_t*>(t.data) + offset;
+            for (; i + L <= n; i += L) {
+                __builtin_prefetch(from + ahead + i);
+                store(out + i, load16(from + i, type) * scale);
+            }
+        }
+    }
+    for (; i < n; i++) out[i] = load_one(t.data, offset + i * t.channel, type) * scale;
+    for (; i < padded; i++) out[i] = 0;
+}
+
+SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, float scale, bool add) {
+    const Type type = static_cast<Type>(t.type);
+    int i = 0;
+    if (t.channel == 1 && type == F32) {
+        float* to = reinterpret_cast<float*>(t.data) + offset;
+        for (; i + L <= n; i += L) store(to + i, add ? load(to + i) + load(row + i) * scale : load(row + i) * scale);
+    } else if (t.channel == 1 && !add) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(t.data) + offset;
+        for (; i + L <= n; i += L) store16(to + i, load(row + i) * scale, type);
+    }
+    for (; i < n; i++) {
+        int64_t at = offset + i * t.channel;
+        store_one(t.data, at, (add ? load_one(t.data, at, type) : 0.0f) + row[i] * scale, type);
+    }
+}
+
+// A run of tokens of one chunk, and its rows in scratch memory.
+template <Decay DECAY, Erase ERASE>
+struct Chunk {
+    static constexpr int SETS = ERASE == FREE ? 2 : 1, EVENTS = SETS * C;
+    const Problem& p;
+    const Layout& at;
+    const Read* gradient = nullptr;  // in the backward pass: what was read by a program on rows is read at its gradient
+    Versions versions;
+    int64_t b = 0, h = 0, token = 0, ahead = 0;  // `ahead`: tokens from this chunk to the next
+    int steps = 0, reads = 0;
+    float *readers, *scaled;    // [2C][Kp]: x and q; the same times D(start -> version) and their coefficients
+    float *keys, *ends;         // [EVENTS][Kp]: the same times D(e -> end)
+    float *running;             // [EVENTS][Kp] keys as they decay
+    float *values;              // [EVENTS][Vp]
+    float *score;               // [2C][EVENTS], zero where the reader does not see the event
+    float *decay, *left;        // [C][Kp] a_i of micro-step i; [C + 1][Kp] a_0 ... a_{i-1} (one number a row if per head)
+    float between[(C + 1) * C]; // D(e -> p) at [p][e], per head
+    float cx[C], cu[C];
+    const float ones[1] = {1.0f};
+
+    static int64_t size(const Layout& at) { return (4 * C + 3 * EVENTS + 2 * C + 1) * at.Kp + EVENTS * at.Vp + 2 * C * EVENTS + 256; }
+
+    Chunk(const Problem& problem, const Layout& layout, Scratch& memory) : p(problem), at(layout) {
+        readers = memory.take(2 * C * at.Kp), scaled = memory.take(2 * C * at.Kp);
+        keys = memory.take(EVENTS * at.Kp), ends = memory.take(EVENTS * at.Kp), running = memory.take(EVENTS * at.Kp);
+        values = memory.take(EVENTS * at.Vp), score = memory.take(2 * C * EVENTS);
+        decay = memory.take(C * at.Kp), left = memory.take((C + 1) * at.Kp);
+    }
+
+    INLINE const Micro& micro(int i) const { return p.micro[i % p.n]; }
+    INLINE int64_t offset(const Tensor& t, int i, int64_t per) const { return t.offset(b, token + i / per, h, p.H); }
+    // what is left of S at version v after the start of the chunk, as a scale for rows of S
+    INLINE const float* total() const { return DECAY == NO_DECAY ? ones : left + (DECAY == PER_KEY ? steps * at.Kp : steps); }
+    static constexpr int TOTAL_STRIDE = DECAY == PER_KEY ? 1 : 0;
+
+    // The number that multiplies vector x or u of a micro-step.
+    INLINE float coefficient(const Tensor& t, int i, double scale) const {
+        return t ? static_cast<float>(scale) * load_one(t.data, offset(t, i, p.n), static_cast<Type>(t.type)) : static_cast<float>(scale);
+    }
+
+    void vector(float* out, const Tensor& t, int i, int64_t per, int n, int padded, float scale) const {
+        if (t) load_row(out, t, offset(t, i, per), n, padded, scale, ahead * t.time);
+        else std::memset(out, 0, sizeof(float) * padded);
+    }
+
+    // Everything of `count` tokens but their values.
+    void load_keys(int64_t batch, int64_t head, int64_t first, int count, bool with_readers) {
+        ahead = first >= token ? C / (p.n > p.reads ? p.n : p.reads) : -C / (p.n > p.reads ? p.n : p.reads);
+        b = batch, h = head, token = first, steps = count * p.n, reads = count * p.reads;
+        versions.set(p, steps, reads);
+        for (int i = 0; i < steps; i++) {
+            vector(keys + i * at.Kp, ERASE == NO_ERASE ? micro(i).w : micro(i).y, i, p.n, at.K, at.Kp, 1);
+            if (ERASE == FREE) vector(keys + (C + i) * at.Kp, micro(i).w, i, p.n, at.K, at.Kp, 1);
+        }
+        load_decays();
+        for (int s = 0; s < SETS; s++) decay_to_end(keys + s * C * at.Kp, ends + s * C * at.Kp);
+        if (with_readers) load_readers();
+    }
+
+    // a_i, the products a_0 ... a_{i-1}, and, per head, the products between
+    void load_decays() {
+        if (DECAY == NO_DECAY) return;
+        if (DECAY == PER_KEY) {
+            for (int k = 0; k < at.Kp; k += L) store(left + k, broadcast(1));
+            ivec positive = {};
+            for (int i = 0; i < steps; i++) {
+                float* a = decay + i * at.Kp;
+                vector(a, micro(i).g, i, p.n, at.K, at.Kp, 1);
+                for (int k = 0; k < at.Kp; k += L) {
+                    vec g = load(a + k);
+                    positive |= g > 0.0f;
+                    store(a + k, exponential(g));
+                    store(left + (i + 1) * at.Kp + k, load(left + i * at.Kp + k) * load(a + k));
+                }
+            }
+            for (int j = 0; j < L; j++)
+                if (positive[j]) *p.positive = 1;
+            return;
+        }
+        float g[C] = {};
+        for (int i = 0; i < steps; i++) {
+            if (micro(i).g) g[i] = load_one(micro(i).g.data, offset(micro(i).g, i, p.n), static_cast<Type>(micro(i).g.type));
+            if (g[i] > 0) *p.positive = 1;
+        }
+        for (int i = 0; i < C; i += L) store(decay + i, exponential(load(g + i)));
+        left[0] = 1;
+        for (int i = 0; i < steps; i++) {
+            left[i + 1] = left[i] * decay[i];
+            for (int e = 0; e < i; e++) between[(i + 1) * C + e] = between[i * C + e] * decay[i];
+            between[(i + 1) * C + i] = 1;
+        }
+    }
+
+    void decay_to_end(const float* from, float* to) const {
+        if (DECAY == PER_KEY) {
+            for (int k = 0; k < at.Kp; k += L) {
+                vec a = broadcast(1);
+                for (int i = steps - 1; i >= 0; i--) {
+                    store(to + i * at.Kp + k, load(from + i * at.Kp + k) * a);
+                    a *= load(decay + i * at.Kp + k);
+                }
+            }
+        } else {
+            for (int i = 0; i < steps; i++) {
+                float a = DECAY == NO_DECAY ? 1.0f : between[steps * C + i];
+                for (int k = 0; k < at.Kp; k += L) store(to + i * at.Kp + k, load(from + i * at.Kp + k) * a);
+            }
+        }
+    }
+
+    void load_readers() {
+        for (int i = 0; ERASE != NO_ERASE && i < steps; i++) {
+            float* x = readers + i * at.Kp;
+            const float* from = micro(i).x_is_y ? keys + i * at.Kp : x;
+            if (!micro(i).x_is_y) vector(x, micro(i).x, i, p.n, at.K, at.Kp, 1);
+            cx[i] = coefficient(micro(i).cx, i, micro(i).sx);
+            const bool decayed = DECAY != NO_DECAY && micro(i).decayed;
+            if (DECAY == PER_HEAD && decayed) cx[i] *= decay[i];
+            if (DECAY == PER_KEY && decayed) {
+                for (int k = 0; k < at.Kp; k += L) store(x + k, load(from + k) * load(decay + i * at.Kp + k));
+                from = x;
+            }
+            scale_reader(i, from, cx[i]);
+        }
+        if (ERASE != NO_ERASE) clear(scaled, steps);
+        for (int r = 0; r < reads && (gradient || !p.backward_reads); r++) {
+            float* row = readers + (C + r) * at.Kp;
+            vector(row, p.backward_reads ? gradient[r % p.reads].out : p.read[r % p.reads].q, r, p.reads, at.K, at.Kp, 1);
+            scale_reader(C + r, row, 1);
+        }
+        clear(scaled + C * at.Kp, reads);
+    }
+
+    // The rows of a tile that hold nothing.
+    INLINE void clear(float* rows, int used) const {
+        int64_t end = round_up(used, MR);
+        if (end > used) std::memset(rows + used * at.Kp, 0, sizeof(float) * (end - used) * at.Kp);
+    }
+
+    // readers_r = from, scaled_r = by P from
+    INLINE void scale_reader(int r, const float* from, float by) {
+        const float* a = left + (DECAY == PER_KEY ? versions.of[r] * at.Kp : versions.of[r]);
+        float *to = scaled + r * at.Kp, *plain = readers + r * at.Kp;
+        if (DECAY == PER_HEAD) by *= *a;
+        for (int k = 0; k < at.Kp; k += L) {
+            vec x = load(from + k);
+            store(plain + k, x);
+            store(to + k, DECAY == PER_KEY ? x * load(a + k) * by : x * by);
+        }
+    }
+
+    // score of all readers and events
+    void scores() {
+        if (DECAY != PER_KEY) return scores_at_once();
+        for (int v = 0; v <= steps; v++) {
+            products(v, readers, running, at.Kp, score);
+            for (int n = versions.start[v]; n < versions.start[v + 1]; n++) scale_scores(versions.reader[n], v);
+            if (v == steps) break;
+            for (int s = 0; s < SETS; s++) {
+                float* rows = running + s * C * at.Kp;
+                for (int k = 0; k < at.Kp; k += L) {
+                    vec a = load(decay + v * at.Kp + k);
+                    for (int e = 0; e < v; e++) store(rows + e * at.Kp + k, load(rows + e * at.Kp + k) * a);
+                    store(rows + v * at.Kp + k, load(keys + (s * C + v) * at.Kp + k));
+                }
+            }
+        }
+    }
+
+    INLINE void scale_scores(int r, int v) {
+        float by = ERASE != NO_ERASE && r < C ? cx[r] : 1.0f;
+        for (int s = 0; s < SETS; s++) {
+            float* row = score + r * EVENTS + s * C;
+            for (int e = 0; e < C; e += L) {
+                vec x = load(row + e) * (DECAY == PER_HEAD ? load(between + v * C + e) * by : broadcast(by));
+                store(row + e, select(first_lanes(v - e), x, vec{}));
+            }
+        }
+    }
+
+    // Where one number decays all keys, it multiplies the scores: they are a product of matrices.
+    void scores_at_once() {
+        for (int s = 0; s < SETS; s++) {
+            transpose(running, C, keys + s * C * at.Kp, at.Kp, C, at.Kp);
+            for (int r = ERASE == NO_ERASE ? C : 0; r < 2 * C; r += 8)
+                for (int e = 0; e < C; e += L)
+                    if (r % C < (r < C ? steps : reads))
+                        tile<8, 1, ZERO>(score + r * EVENTS + s * C + e, EVENTS, readers + r * at.Kp, at.Kp, 1, running + e, C, at.K, nullptr, 0);
+        }
+        for (int v = 0; v <= steps; v++)
+            for (int n = versions.start[v]; n < versions.start[v + 1]; n++) scale_scores(versions.reader[n], v);
+    }
+
+    // out[r][e] = row of reader r . row of event e for the readers of version v and the events before it, zero for later events
+    void products(int v, const float* of_readers, const float* of_events, int width, float* out) const {
+        for (int n = versions.start[v]; n < versions.start[v + 1]; n += 2) {
+            int r0 = versions.reader[n], r1 = n + 1 < versions.start[v + 1] ? versions.reader[n + 1] : r0;
+            for (int s = 0; s < SETS; s++) {
+                float first[C], second[C];
+                for (int e = 0; e < v; e += L / 2)
+                    inner_products(first + e, second + e, of_readers + r0 * width, of_readers + r1 * width,
+                                   of_events + (s * C + e) * width, width, width);
+                for (int e = v; e < C; e++) first[e] = second[e] = 0;
+                std::memcpy(out + r0 * EVENTS + s * C, first, sizeof first);
+                std::memcpy(out + r1 * EVENTS + s * C, second, sizeof second);
+            }
+        }
+    }
+};
+
+// ---- products with S, in panels ------------------------------------------------------------------------------------
+
+// out[r] = rows[r] . S for `count` rows (out and rows have room for whole tiles)
+SHARED void read_rows(const Layout& at, float* out, const float* rows, const float* S, int count) {
+    for (int n = 0; n < at.panels; n++)
+        for (int r = 0; r < count; r += MR) {
+            float* to = out + r * at.Vp + n * at.panel;
+            const float *a = rows + r * at.Kp, *s = S + n * at.Kp * at.panel;
+            if (at.panel == L) tile<MR, 1, ZERO>(to, at.Vp, a, at.Kp, 1, s, L, at.K, nullptr, 0);
+            else tile<MR, 2, ZERO>(to, at.Vp, a, at.Kp, 1, s, 2 * L, at.K, nullptr, 0);
+        }
+}
+
+// S = diag(scale) S + keys^T values
+SHARED void write_rows(const Layout& at, float* S, const float* scale, int scale_stride, const float* keys, const float* values, int count) {
+    for (int n = 0; n < at.panels; n++)
+        for (int k = 0; k < at.Kp; k += MR) {
+            float* to = S + n * at.Kp * at.panel + k * at.panel;
+            const float *s = scale + k * scale_stride, *v = values + n * at.panel;
+            if (at.panel == L) tile<MR, 1, SCALED>(to, L, keys + k, 1, at.Kp, v, at.Vp, count, s, scale_stride);
+            else tile<MR, 2, SCALED>(to, 2 * L, keys + k, 1, at.Kp, v, at.Vp, count, s, scale_stride);
+        }
+}
+
+// out (Kp x width) = S values^T, the values transposed: (Vp x width); width is a multiple of C
+SHARED void read_back(const Layout& at, float* out, const float* S, const float* turned, int width) {
+    for (int k = 0; k < at.Kp; k += MR)
+        for (int c = 0; c < width; c += C == L ? L : 2 * L) {
+            float* to = out + k * width + c;
+            const float *a = S + k * at.panel, *b = turned + c;
+            int64_t next = static_cast<int64_t>(at.Kp) * at.panel;
+            if (C == L) tile<MR, 1, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, 0, at.panels, next);
+            else tile<MR, 2, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, 0, at.panels, next);
+        }
+}
+
+// S from and to the state of a head, which may have any strides.
+SHARED void load_state(const Layout& at, float* S, const Tensor& t, int64_t b, int64_t h) {
+    std::memset(S, 0, sizeof(float) * at.state());
+    if (!t) return;
+    const float* from = reinterpret_cast<const float*>(t.data) + b * t.batch + h * t.head;
+    for (int v = 0; v < at.V; v++) {
+        float* to = S + static_cast<int64_t>(v / at.panel) * at.Kp * at.panel + v % at.panel;
+        for (int k = 0; k < at.K; k++) to[k * at.panel] = from[v * t.time + k * t.channel];
+    }
+}
+
+SHARED void store_state(const Layout& at, const float* S, const Tensor& t, int64_t b, int64_t h) {
+    if (!t) return;
+    float* to = reinterpret_cast<float*>(t.data) + b * t.batch + h * t.head;
+    for (int v = 0; v < at.V; v++) {
+        const float* from = S + static_cast<int64_t>(v / at.panel) * at.Kp * at.panel + v % at.panel;
+        for (int k = 0; k < at.K; k++) to[v * t.time + k * t.channel] = from[k * at.panel];
+    }
+}
+
+// The tokens of the next chunk: as many as fit, up to the end of the segment and to the next reset.
+INLINE int next_chunk(const Problem& p, int64_t b, int64_t token, int64_t end) {
+    int64_t most = C / (p.n > p.reads ? p.n : p.reads), last = token + most < end ? token + most : end;
+    if (p.reset)
+        for (int64_t t = token + 1; t < last; t++)
+            if (p.reset[b * p.reset_batch + t * p.reset_time]) return t - token;
+    return last - token;
+}
+INLINE bool starts_anew(const Problem& p, int64_t b, int64_t token) {
+    return p.reset && p.reset[b * p.reset_batch + token * p.reset_time];
+}
+
+// Calls f with the class of the program as template arguments.
+template <class F>
+INLINE void dispatch(const Problem& p, F f) {
+    auto with_erase = [&](auto decay) {
+        if (p.erase == NO_ERASE) f(decay, std::integral_constant<Erase, NO_ERASE>{});
+        else if (p.erase == TIED) f(decay, std::integral_constant<Erase, TIED>{});
+        else f(decay, std::integral_constant<Erase, FREE>{});
+    };
+    if (p.decay == NO_DECAY) with_erase(std::integral_constant<Decay, NO_DECAY>{});
+    else if (p.decay == PER_HEAD) with_erase(std::integral_constant<Decay, PER_HEAD>{});
+    else with_erase(std::integral_constant<Decay, PER_KEY>{});
+}
+
+}  // namespace fw

@@ -1,0 +1,178 @@
+// The forward pass. In a chunk, with P_p = a_0 ... a_{p-1} and D(e -> p) = a_{e+1} ... a_{p-1}:
+//
+//   val_i = u_i + S_0^T (P x_i) + sum over e < i of (x_i . D(e -> i) y_e) val_e        what a tied erase writes at y_i
+//   o_r   =       S_0^T (P q_r) + sum over e < p_r of (q_r . D(e -> p_r) y_e) val_e    what query r reads
+//   S_C   = diag(P_C) S_0 + sum over e of (D(e -> C) y_e) val_e^T
+//
+// The sums over S_0 are one matrix product for all readers of the chunk, the val follow each other by forward substitution. Where the
+// erase is free, val = S^T x has no u, and w u^T is a second set of events. A program on rows reads S q: keys weighted by val . q.
+// Every head is a task of its own; each column of S only ever meets itself, so results do not depend on threads or batch.
+#include <type_traits>
+
+#include "chunk.h"
+
+namespace fw {
+
+template <Decay DECAY, Erase ERASE>
+struct Forward {
+    using Part = Chunk<DECAY, ERASE>;
+    const Problem& p;
+    Layout at;
+    Scratch memory;
+    Part chunk;
+    const bool usual;  // one micro-step a token, and its query reads after it
+    float *S, *out, *turned, *back;
+
+    static int64_t size(const Problem& p) {
+        Layout at(p);
+        return Part::size(at) + at.state() + 2 * C * at.Vp + 2 * C * (at.Vp + at.Kp) + 1024;
+    }
+
+    explicit Forward(const Problem& problem) : p(problem), at(p), memory{scratch(size(p))}, chunk(p, at, memory),
+          usual(p.n == 1 && p.reads == 1 && p.read[0].version == 1 && !p.backward_reads) {
+        S = memory.take(at.state()), out = memory.take(2 * C * at.Vp);
+        turned = memory.take(C * at.Vp), back = memory.take(C * at.Kp);
+    }
+
+    void head(int64_t b, int64_t h) {
+        load_state(at, S, p.first, b, h);
+        const int64_t row = b * p.H + h, segments = (p.T + p.segment - 1) / p.segment;
+        for (int64_t t = 0; t < p.T;) {
+            if (starts_anew(p, b, t)) std::memset(S, 0, sizeof(float) * at.state());
+            if (p.checkpoints && t % p.segment == 0)
+                std::memcpy(p.checkpoints + (row * segments + t / p.segment) * at.state(), S, sizeof(float) * at.state());
+            int64_t end = (t / p.segment + 1) * p.segment;
+            int count = next_chunk(p, b, t, end < p.T ? end : p.T);
+            chunk.load_keys(b, h, t, count, true);
+            run(row);
+            t += count;
+        }
+        store_state(at, S, p.last, b, h);
+    }
+
+    void run(int64_t row) {
+        const int steps = chunk.steps;
+        if (ERASE != NO_ERASE || !p.backward_reads) chunk.scores();
+        if (ERASE != NO_ERASE) read_rows(at, out, chunk.scaled, S, steps);
+        if (!p.backward_reads) read_rows(at, out + C * at.Vp, chunk.scaled + C * at.Kp, S, chunk.reads);
+        write_values();
+        if (p.values && ERASE != NO_ERASE)
+            std::memcpy(p.values + (row * p.T + chunk.token) * p.n * at.Vp, chunk.values, sizeof(float) * steps * at.Vp);
+        if (p.backward_reads) read_back_queries();
+        else read_queries();
+        write_rows(at, S, chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, steps);
+        if (ERASE == FREE) write_rows(at, S, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, steps);
+    }
+
+    void load_values() {
+        for (int i = 0; i < chunk.steps; i++) {
+            const Micro& m = chunk.micro(i);
+            float* u = chunk.values + (ERASE == FREE ? C + i : i) * at.Vp;
+            chunk.vector(u, m.u, i, p.n, at.V, at.Vp, chunk.coefficient(m.cu, i, m.su));
+        }
+        if (ERASE != FREE) return;
+        for (int i = 0; i < chunk.steps; i++)
+            combine(out + i * at.Vp, chunk.score + i * Part::EVENTS + C, 1, chunk.values + C * at.Vp, at.Vp, i, at.Vp);
+        for (int r = C; r < C + (p.backward_reads ? 0 : chunk.reads); r++)
+            combine(out + r * at.Vp, chunk.score + r * Part::EVENTS + C, 1, chunk.values + C * at.Vp, at.Vp, chunk.versions.of[r], at.Vp);
+    }
+
+    // A vector of columns at a time, the values of the chunk in registers; `READ`: query r sees the events up to r.
+    template <bool READ>
+    void solve() {
+        for (int c = 0; c < at.Vp; c += L) {
+            vec val[C];
+#pragma GCC unroll 16
+            for (int i = 0; i < C; i++) {
+                const float* score = chunk.score + i * Part::EVENTS;
+                val[i] = ERASE == FREE ? vec{} : load(chunk.values + i * at.Vp + c);
+                if (ERASE == NO_ERASE) continue;
+                val[i] += load(out + i * at.Vp + c);
+#pragma GCC unroll 16
+                for (int e = 0; e < i; e++) val[i] += score[e] * val[e];
+                store(chunk.values + i * at.Vp + c, val[i]);
+            }
+            if (!READ) continue;
+#pragma GCC unroll 16
+            for (int r = 0; r < C; r++) {
+                const float* score = chunk.score + (C + r) * Part::EVENTS;
+                float* to = out + (C + r) * at.Vp + c;
+                vec read = load(to);
+#pragma GCC unroll 16
+                for (int e = 0; e <= r; e++) read += score[e] * val[e];
+                store(to, read);
+            }
+        }
+    }
+
+    void write_values() {
+        load_values();
+        if (usual) solve<true>();
+        else if (ERASE != NO_ERASE) solve<false>();
+    }
+
+    void read_queries() {
+        for (int r = 0; r < chunk.reads; r++) {
+            float* read = out + (C + r) * at.Vp;
+            if (!usual) combine(read, chunk.score + (C + r) * Part::EVENTS, 1, chunk.values, at.Vp, chunk.versions.of[C + r], at.Vp);
+            const Read& to = p.read[r % p.reads];
+            store_row(to.out, chunk.offset(to.out, r, p.reads), read, at.V, 1, false);
+        }
+    }
+
+    // S q at every query: rows of values times keys
+    void read_back_queries() {
+        float* q = out + C * at.Vp;
+        std::memset(q, 0, sizeof(float) * C * at.Vp);
+        for (int r = 0; r < chunk.reads; r++) {
+            const Tensor& t = p.read[r % p.reads].q;
+            load_row(q + r * at.Vp, t, chunk.offset(t, r, p.reads), at.V, at.Vp, 1);
+        }
+        transpose(turned, C, q, at.Vp, C, at.Vp);
+        read_back(at, back, S, turned, C);
+        float* rows = chunk.scaled + C * at.Kp;
+        transpose(rows, at.Kp, back, C, at.Kp, C);
+        float* weight = chunk.score + C * Part::EVENTS;
+        for (int v = 0; v <= chunk.steps; v++) chunk.products(v, out, chunk.values, at.Vp, chunk.score);
+        add_keys(rows, weight);
+        for (int r = 0; r < chunk.reads; r++) {
+            const Read& to = p.read[r % p.reads];
+            store_row(to.out, chunk.offset(to.out, r, p.reads), rows + r * at.Kp, at.K, 1, false);
+        }
+    }
+
+    // rows_r = P rows_r + sum over e < p_r of weight_re D(e -> p_r) key_e
+    void add_keys(float* rows, const float* weight) {
+        for (int r = 0; r < chunk.reads; r++) {
+            const int seen = chunk.versions.of[C + r];
+            for (int k = 0; k < at.Kp; k += L) {
+                const float* keys = chunk.keys + k;
+                vec sum = {}, a = broadcast(1);
+                for (int e = seen - 1; e >= 0; e--) {
+                    for (int s = 0; s < Part::SETS; s++)
+                        sum += a * weight[r * Part::EVENTS + s * C + e] * load(keys + (s * C + e) * at.Kp);
+                    if (DECAY == PER_KEY) a *= load(chunk.decay + e * at.Kp + k);
+                    if (DECAY == PER_HEAD) a *= chunk.decay[e];
+                }
+                store(rows + r * at.Kp + k, load(rows + r * at.Kp + k) * a + sum);
+            }
+        }
+    }
+};
+
+template <Decay DECAY, Erase ERASE>
+static void forward(Problem& p) {
+    parallel(
+        p.B * p.H, p.threads,
+        [](void* context, int64_t i) {
+            Problem& p = *static_cast<Problem*>(context);
+            Forward<DECAY, ERASE>(p).head(i / p.H, i % p.H);
+        },
+        &p);
+}
+
+}  // namespace fw
+
+extern "C" __attribute__((visibility("default"))) void fastweights_forward(fw::Problem* p) {
+    fw::dispatch(*p, [&](auto decay, auto erase) { fw::forward<decay.value, erase.value>(*p); });
+}

@@ -1,0 +1,223 @@
+// The micro-kernels: vectors, one small matrix product, rows combined, inner products of rows, transposition.
+//
+// A matrix product is always  C[r][:] += sum_d A[r, d] B[d][:]  with C and B contiguous along `:` and A read a number at a
+// time with any strides. Which of the scan's axes plays which part is all that distinguishes its products:
+//   reads    R = X S      rows tokens, `:` values, d keys          writes   S = S + Y^T U   rows keys, `:` values, d tokens
+//   read back T = S U^T   rows keys, `:` tokens, d values
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define SHARED inline __attribute__((noinline))  // compiled once a file, not once a class of programs
+
+namespace fw {
+
+#if defined(__AVX512F__)
+constexpr int L = 16, MR = 8;  // lanes of a vector; rows of a tile: MR x 2 accumulators must fit the registers
+#elif defined(__AVX2__)
+constexpr int L = 8, MR = 4;
+#else
+constexpr int L = 4, MR = 8;
+#endif
+
+typedef float vec __attribute__((vector_size(4 * L)));
+typedef int32_t ivec __attribute__((vector_size(4 * L)));
+typedef uint32_t uvec __attribute__((vector_size(4 * L)));
+typedef float vec_in_memory __attribute__((vector_size(4 * L), aligned(4), may_alias));
+
+INLINE vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
+INLINE void store(float* p, vec x) { *reinterpret_cast<vec_in_memory*>(p) = x; }
+INLINE vec broadcast(float x) { return vec{} + x; }
+INLINE vec select(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
+
+template <int... I>
+INLINE ivec lane_numbers(std::integer_sequence<int, I...>) { return ivec{I...}; }
+INLINE ivec first_lanes(int n) { return lane_numbers(std::make_integer_sequence<int, L>{}) < n; }
+
+// ---- numbers of 32 and 16 bits -------------------------------------------------------------------------------------
+
+enum Type : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
+
+INLINE vec load16(const uint16_t* p, Type type) {
+    if (type == BF16) {
+        typedef uint16_t half __attribute__((vector_size(2 * L), aligned(2), may_alias));
+        return (vec)(__builtin_convertvector(*reinterpret_cast<const half*>(p), uvec) << 16);
+    }
+    typedef _Float16 half __attribute__((vector_size(2 * L), aligned(2), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const half*>(p), vec);
+}
+
+INLINE void store16(uint16_t* p, vec x, Type type) {
+    if (type == BF16) {
+#if defined(__AVX512BF16__)
+        __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+        std::memcpy(p, &rounded, sizeof rounded);
+#else
+        typedef uint16_t half __attribute__((vector_size(2 * L), aligned(2), may_alias));
+        uvec bits = (uvec)x, even = (bits >> 16) & 1;
+        uvec rounded = (bits + 0x7fff + even) >> 16, nan = (bits >> 16) | 64;
+        ivec is_number = x == x;
+        *reinterpret_cast<half*>(p) = __builtin_convertvector((rounded & (uvec)is_number) | (nan & ~(uvec)is_number), half);
+#endif
+    } else {
+        typedef _Float16 half16 __attribute__((vector_size(2 * L), aligned(2), may_alias));
+        *reinterpret_cast<half16*>(p) = __builtin_convertvector(x, half16);
+    }
+}
+
+INLINE float load_one(const void* p, int64_t i, Type type) {
+    if (type == F32) return static_cast<const float*>(p)[i];
+    if (type == F16) return static_cast<float>(static_cast<const _Float16*>(p)[i]);
+    uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(p)[i]) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE void store_one(void* p, int64_t i, float x, Type type) {
+    if (type == F32) {
+        static_cast<float*>(p)[i] = x;
+    } else if (type == F16) {
+        static_cast<_Float16*>(p)[i] = static_cast<_Float16>(x);
+    } else {
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        bits = x != x ? (bits >> 16) | 64 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        static_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(bits);
+    }
+}
+
+// e^x to about one unit in the last place; 0 below the normal numbers, infinity above them. Cephes' reduction and polynomial.
+INLINE vec exponential(vec x) {
+    vec inside = select(x > -87.3f, x, broadcast(-87.3f));
+    inside = select(x < 88.0f, inside, x == x ? broadcast(88.0f) : x);
+    vec shifted = inside * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // the low bits of `shifted` are a whole number n
+    vec r = inside - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vec out = (vec)((ivec)p + ((ivec)shifted << 23)) + (inside - inside);  // times 2^n; not a number stays one
+    return select(x > -87.3f, select(x < 88.0f, out, broadcast(INFINITY) + out), select(x == x, vec{}, x));
+}
+
+// ---- shuffles ------------------------------------------------------------------------------------------------------
+
+template <int... I>
+INLINE vec interleave_low(vec a, vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, ((I % 2) * L + I / 2)...);
+}
+template <int... I>
+INLINE vec interleave_high(vec a, vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, ((I % 2) * L + L / 2 + I / 2)...);
+}
+INLINE vec low(vec a, vec b) { return interleave_low(a, b, std::make_integer_sequence<int, L>{}); }
+INLINE vec high(vec a, vec b) { return interleave_high(a, b, std::make_integer_sequence<int, L>{}); }
+
+// Lane i of the result is the sum of the lanes of x[i].
+INLINE vec sums(vec x[L]) {
+#pragma GCC unroll 8
+    for (int n = L / 2; n >= 1; n /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < n; i++) x[i] = low(x[i], x[i + n]) + high(x[i], x[i + n]);
+    return x[0];
+}
+
+// out (columns x rows) = in^T (rows x columns), both multiples of L.
+SHARED void transpose(float* out, int out_stride, const float* in, int in_stride, int rows, int columns) {
+    for (int r = 0; r < rows; r += L)
+        for (int c = 0; c < columns; c += L) {
+            vec x[L], y[L];
+#pragma GCC unroll 16
+            for (int i = 0; i < L; i++) x[i] = load(in + (r + i) * in_stride + c);
+#pragma GCC unroll 8
+            for (int stage = 1; stage < L; stage *= 2) {
+#pragma GCC unroll 16
+                for (int i = 0; i < L / 2; i++) y[2 * i] = low(x[i], x[i + L / 2]), y[2 * i + 1] = high(x[i], x[i + L / 2]);
+#pragma GCC unroll 16
+                for (int i = 0; i < L; i++) x[i] = y[i];
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < L; i++) store(out + (c + i) * out_stride + r, x[i]);
+        }
+}
+
+// ---- the product ---------------------------------------------------------------------------------------------------
+
+enum Start { ZERO, SCALED };  // C starts from nothing, or from itself times a number a row
+
+// M rows and N vectors of C, over `panels` runs of `depth`; A moves by `a_panel` and B goes on from run to run.
+template <int M, int N, Start START>
+INLINE void tile(float* c, int c_stride, const float* a, int64_t a_row, int64_t a_depth, const float* b, int b_stride, int depth,
+                 const float* scale, int scale_stride, int panels = 1, int64_t a_panel = 0) {
+    vec acc[M][N];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) acc[m][n] = START == ZERO ? vec{} : load(c + m * c_stride + n * L) * scale[m * scale_stride];
+    for (int p = 0; p < panels; p++, a += a_panel) {
+        const float* a_now = a;
+        for (int d = 0; d < depth; d++, a_now += a_depth, b += b_stride) {
+            vec row[N];
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) row[n] = load(b + n * L);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+                for (int n = 0; n < N; n++) acc[m][n] += a_now[m * a_row] * row[n];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) store(c + m * c_stride + n * L, acc[m][n]);
+}
+
+// out += sum over j < count of weights[j * stride] * rows[j], over `width` (a multiple of L) numbers.
+template <int N>
+INLINE void combine_block(float* out, const float* weights, int stride, const float* rows, int row_stride, int count) {
+    vec acc[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) acc[n] = load(out + n * L);
+    for (int j = 0; j < count; j++)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) acc[n] += weights[j * stride] * load(rows + j * row_stride + n * L);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) store(out + n * L, acc[n]);
+}
+
+SHARED void combine(float* out, const float* weights, int stride, const float* rows, int row_stride, int count, int width) {
+    int at = 0;
+    for (; at + 4 * L <= width; at += 4 * L) combine_block<4>(out + at, weights, stride, rows + at, row_stride, count);
+    for (; at < width; at += L) combine_block<1>(out + at, weights, stride, rows + at, row_stride, count);
+}
+
+// The inner products of two rows with L / 2 others: first[j], second[j] = row . others[j].
+INLINE void inner_products(float* first, float* second, const float* row0, const float* row1, const float* others, int stride, int width) {
+    vec acc[L] = {};
+    for (int at = 0; at < width; at += L) {
+        vec r0 = load(row0 + at), r1 = load(row1 + at);
+#pragma GCC unroll 8
+        for (int j = 0; j < L / 2; j++) {
+            vec other = load(others + j * stride + at);
+            acc[j] += r0 * other;
+            acc[j + L / 2] += r1 * other;
+        }
+    }
+    float out[L];
+    store(out, sums(acc));
+    std::memcpy(first, out, sizeof(float) * L / 2);
+    std::memcpy(second, out + L / 2, sizeof(float) * L / 2);
+}
+
+}  // namespace fw

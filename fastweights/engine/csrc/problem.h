@@ -1,0 +1,86 @@
+// What a scan is given, as plain data: the same structures, field by field, as in engine/cpu.py.
+//
+// A token is n micro-steps  S <- diag(a) S + (sum over writes of key value^T)  of a state S (K keys x V values), with
+//   erase none   write  w u^T              erase tied   write  y (u + S^T x)^T           erase free   write  y (S^T x)^T + w u^T
+// where x reads S before the micro-step, and reads S^T q (or S q, if the program acts on rows) of S between micro-steps.
+#pragma once
+#include "micro.h"
+
+namespace fw {
+
+enum Decay : int64_t { NO_DECAY = 0, PER_HEAD = 1, PER_KEY = 2 };
+enum Erase : int64_t { NO_ERASE = 0, TIED = 1, FREE = 2 };
+
+// Numbers at any strides (in numbers, not bytes); `heads` may be fewer than the scan's if it divides them.
+struct Tensor {
+    char* data;
+    int64_t batch, time, head, channel, heads, type;
+
+    INLINE explicit operator bool() const { return data != nullptr; }
+    INLINE int64_t offset(int64_t b, int64_t t, int64_t h, int64_t of) const { return b * batch + t * time + h / (of / heads) * head; }
+};
+
+struct Micro {
+    Tensor x, y, u, w;   // vectors, w and y one and the same where the erase is tied
+    Tensor cx, cu;       // numbers that multiply x and u, besides sx and su
+    Tensor g;            // the log of the decay, a number or one per key
+    double sx, su;
+    int64_t lag;         // x reads S that many micro-steps earlier
+    int64_t x_is_y;      // x is the key itself, and data is not given
+    int64_t decayed;     // x is multiplied by this micro-step's decay
+};
+
+struct Read {
+    Tensor q, out;       // backward pass: q holds the gradient of q, out that of what was read
+    int64_t version;     // after how many micro-steps of the token
+};
+
+struct Problem {
+    int64_t B, T, H, K, V, n, reads;
+    Decay decay;
+    Erase erase;
+    int64_t backward_reads;
+    Micro* micro;
+    Read* read;
+    Tensor first, last;  // the state before and after: strides batch, (time) values, head, (channel) keys; data may be missing
+    const uint8_t* reset;
+    int64_t reset_batch, reset_time;
+    float* values;       // what a tied or free erase wrote, (B, H, T * n, padded V); missing where nothing is saved
+    float* checkpoints;  // S at the start of every segment, as the kernels lay it out; likewise
+    int64_t segment;     // tokens a segment
+    int64_t threads;
+    int64_t* positive;   // set to 1 where a log decay is > 0
+};
+
+constexpr int C = 16;  // micro-steps a chunk
+static_assert(C % L == 0, "a chunk is a whole number of vectors");
+
+INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// How S and rows are padded: keys to whole tiles, values to panels of one or two vectors. S is [panel][key][value of panel].
+struct Layout {
+    int K, V, Kp, Vp, panel, panels;
+
+    explicit Layout(const Problem& p)
+        : K(p.K), V(p.V), Kp(round_up(p.K, L < 8 ? 8 : L)), Vp(p.V <= L ? L : round_up(p.V, 2 * L)), panel(Vp <= L ? L : 2 * L),
+          panels(Vp / panel) {}
+    int64_t state() const { return static_cast<int64_t>(Kp) * Vp; }
+};
+
+// A part of a thread's scratch memory, which is kept from call to call.
+struct Scratch {
+    float* next;
+    INLINE float* take(int64_t n) {
+        float* out = next;
+        next += round_up(n, 16);
+        return out;
+    }
+};
+float* scratch(int64_t numbers);
+
+// Runs work(context, i) for i < tasks on up to `threads` threads of the runtime that torch has loaded.
+void parallel(int64_t tasks, int64_t threads, void (*work)(void*, int64_t), void* context, bool same_thread = false);
+
+
+
+}  // namespace fw

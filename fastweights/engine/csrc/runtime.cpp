@@ -1,0 +1,74 @@
+// Threads and scratch memory. The threads are those of the OpenMP runtime that torch has loaded: its entry is handed in, for two
+// pools of threads on the same cores would slow both down several times.
+#include <atomic>
+#include <cstdlib>
+
+#include "problem.h"
+
+namespace fw {
+
+namespace {
+using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
+std::atomic<Fork> fork_threads{nullptr};
+std::atomic<int (*)()> thread_number{nullptr};  // omp_get_thread_num
+
+struct Owned {
+    float* data = nullptr;
+    int64_t numbers = 0;
+    ~Owned() { std::free(data); }
+};
+thread_local Owned owned;
+
+struct Share {
+    std::atomic<int64_t> next;
+    int64_t tasks;
+    void (*work)(void*, int64_t);
+    void* context;
+    int64_t team;
+};
+
+// Work that touches the same memory in every call goes to the same thread every time, whose cache may still hold it.
+void own_tasks(void* data) {
+    Share& share = *static_cast<Share*>(data);
+    int64_t me = thread_number.load()();
+    for (int64_t i = share.tasks * me / share.team; i < share.tasks * (me + 1) / share.team; i++) share.work(share.context, i);
+}
+
+void take_tasks(void* data) {
+    Share& share = *static_cast<Share*>(data);
+    for (int64_t i; (i = share.next.fetch_add(1)) < share.tasks;) share.work(share.context, i);
+}
+}  // namespace
+
+float* scratch(int64_t numbers) {
+    if (numbers > owned.numbers) {
+        std::free(owned.data);
+        owned.data = static_cast<float*>(std::aligned_alloc(64, round_up(numbers * 4, 64)));
+        owned.numbers = owned.data ? numbers : 0;
+        if (!owned.data) std::abort();
+        std::memset(owned.data, 0, numbers * 4);
+    }
+    return owned.data;
+}
+
+void parallel(int64_t tasks, int64_t threads, void (*work)(void*, int64_t), void* context, bool same_thread) {
+    int64_t team = threads < tasks ? threads : tasks;
+    Share share{{0}, tasks, work, context, team};
+    Fork fork = fork_threads.load();
+    if (fork && team > 1) fork(same_thread ? own_tasks : take_tasks, &share, static_cast<unsigned>(team), 0);
+    else take_tasks(&share);
+}
+
+}  // namespace fw
+
+extern "C" __attribute__((visibility("default"))) void fastweights_use_threads(void* entry, void* number) {
+    fw::thread_number.store(reinterpret_cast<int (*)()>(number));
+    fw::fork_threads.store(reinterpret_cast<fw::Fork>(entry));
+}
+extern "C" __attribute__((visibility("default"))) int64_t fastweights_abi() { return 1; }
+// Numbers a row of saved values and a checkpoint have.
+extern "C" __attribute__((visibility("default"))) void fastweights_sizes(fw::Problem* p, int64_t* row, int64_t* state) {
+    fw::Layout at(*p);
+    *row = at.Vp;
+    *state = at.state();
+}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..engine.convolution import Part, l2_normalised, short_convolution
 from ..language.errors import SignalError
 from ..language.roles import Signal
 from ..language.rule import Rule
@@ -22,7 +23,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
-    "l2": lambda x: x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6),
+    "l2": l2_normalised,
     "sum": lambda x: x / (x.sum(-1, keepdim=True) + 1e-6),
 }
 
@@ -31,7 +32,7 @@ class ShortConvolution(nn.Module):
     """A causal convolution of each channel with its own few weights: y_t = sum_j w_j x_{t-j}, j < width.
 
     ``forward(x, state)``: x (B, T, C) and the last width - 1 inputs before it, (B, width - 1, C), zero if None. Returns y and
-    the state after x.
+    the state after x. ``parts`` says what follows in the same pass over memory (see ``short_convolution``).
 
     >>> conv = ShortConvolution(3, width=2)
     >>> y, state = conv(torch.ones(1, 5, 3), None)
@@ -44,13 +45,11 @@ class ShortConvolution(nn.Module):
         self.width = width
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-1, 1) / math.sqrt(width))
 
-    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        if state is None:
-            state = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
-        extended = torch.cat([state.to(x.dtype), x], 1)
-        steps = x.shape[1]
-        y = sum(extended[:, j : j + steps] * self.weight[:, 0, j] for j in range(self.width))
-        return y if isinstance(y, Tensor) else x, extended[:, steps:]
+    def forward(self, x: Tensor, state: Tensor | None, parts: tuple[Part, ...] = ()) -> tuple[Tensor, Tensor]:
+        kept = self.width - 1
+        state = x.new_zeros(x.shape[0], kept, x.shape[2]) if state is None else state.to(x.dtype)
+        y = short_convolution(x, self.weight[:, 0], state, parts)
+        return y, torch.cat([state, x[:, -kept:]], 1)[:, -kept:].contiguous()
 
 
 class SoftplusDecay(nn.Module):
@@ -125,6 +124,7 @@ class Programmer(nn.Module):
         self.project = nn.Linear(d_model, sum(self.sizes.values()), bias=False)
         channels = sum(self.sizes[n] for n in self.convolved)
         self.conv = ShortConvolution(channels, conv) if conv > 1 and channels else None
+        self.parts = {n: self._part(n) for n in self.convolved}
         self.decays = nn.ModuleDict(
             {n: SoftplusDecay(heads, self._shape(s)[-1] if self._shape(s) else None) for n, s in self.direct.items() if s.role.log_decay}
         )
@@ -147,11 +147,12 @@ class Programmer(nn.Module):
     def forward(self, x: Tensor, conv: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
         split = [sum(self.sizes[n] for n in self.convolved), sum(self.sizes[n] for n in self.direct)]
         patterns, numbers = self.project(x).split(split, -1)
+        done = {} if self.conv is None else self.parts
         if self.conv is not None:
-            patterns, conv = self.conv(patterns, conv)
+            patterns, conv = self.conv(patterns, conv, tuple(self.parts.values()))
         raw = dict(zip(self.convolved, patterns.split([self.sizes[n] for n in self.convolved], -1), strict=True))
         raw |= dict(zip(self.direct, numbers.split([self.sizes[n] for n in self.direct], -1), strict=True))
-        made = {n: self._make(n, self.rule.signals[n], z.unflatten(-1, self._axes(n))) for n, z in raw.items()}
+        made = {n: self._make(n, z.unflatten(-1, self._axes(n)), done.get(n)) for n, z in raw.items()}
         made |= {n: module(x) for n, module in self.custom.items()}
         return {n: made[n] for n in self.rule.signals}, conv
 
@@ -159,14 +160,24 @@ class Programmer(nn.Module):
         s = self.rule.signals[name]
         return (self._heads(s), *self._shape(s))
 
-    def _make(self, name: str, s: Signal, z: Tensor) -> Tensor:
+    def _part(self, name: str) -> Part:
+        """What of a signal's making is done in one pass with the convolution."""
+        role, size = self.rule.signals[name].role.name, self.sizes[name]
+        if role in ("Key", "Query"):
+            silu = self.feature_map == "silu"
+            return Part(size, silu, self.d_key if silu and self.norm == "l2" else 0)
+        return Part(size, role == "Value")
+
+    def _make(self, name: str, z: Tensor, done: Part | None) -> Tensor:
+        s = self.rule.signals[name]
         role = s.role.name
         if role in ("Key", "Query"):
-            return NORMS[self.norm](FEATURE_MAPS[self.feature_map](z))
+            z = z if done and done.silu else FEATURE_MAPS[self.feature_map](z)
+            return z if done and done.group else NORMS[self.norm](z)
         if role in ("PositiveKey", "PositiveQuery"):
             return FEATURE_MAPS["elu1"](z)
         if role == "Value":
-            return F.silu(z)
+            return z if done and done.silu else F.silu(z)
         if role == "Rate":
             return z.sigmoid() * (2 if self.negative_eigenvalues else 1)
         if role.endswith("Gate"):

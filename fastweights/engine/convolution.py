@@ -1,0 +1,135 @@
+"""The short causal convolution of a programmer, with the activation and the norm that follow it, in one pass over memory."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .inputs import may_look
+from .kernels import NOTHING, TYPES, CTensor, array, library, tensor
+
+WIDTHS = range(2, 9)  # of the compiled kernels
+_EPSILON = 1e-6
+
+
+class Part(NamedTuple):
+    """Consecutive channels that are treated alike: how many, whether through silu, and in groups of how many they get unit norm (0: none)."""
+
+    channels: int
+    silu: bool = False
+    group: int = 0
+
+
+class _CPart(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int64) for n in ("end", "silu", "group")]
+
+
+class _CConvolution(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("B", "T", "channels", "width", "parts")),
+        ("part", ctypes.POINTER(_CPart)),
+        *((n, ctypes.c_void_p) for n in ("weight", "bias")),
+        *((n, CTensor) for n in ("x", "y", "before", "dy", "dx", "dbefore")),
+        ("sums", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+def l2_normalised(x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + 1e-6) over the last axis."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _EPSILON)
+
+
+def short_convolution(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...] = ()) -> Tensor:
+    """y_t = norm(silu(sum_j weight_j x_{t - width + 1 + j})): a causal convolution of each channel with its own weights.
+
+    Args:
+        x: (B, T, C), at any strides.
+        weight: (C, width).
+        before: (B, width - 1, C), the inputs before x.
+        parts: what follows the convolution, channel by channel (``Part``); nothing by default.
+
+    Runs on the compiled kernels where they are (float32 and 16 bits on a CPU, width 2 to 8), else in torch.
+
+    >>> x = torch.ones(1, 3, 2)
+    >>> short_convolution(x, torch.ones(2, 2), torch.zeros(1, 1, 2))[0, :, 0].tolist()
+    [1.0, 2.0, 2.0]
+    """
+    parts = parts or (Part(x.shape[-1]),)
+    compiled = x.device.type == "cpu" and x.dtype in TYPES and weight.shape[1] in WIDTHS and library().lib is not None
+    if compiled and (may_look() or torch.compiler.is_compiling()) and x.shape[1]:
+        spec = [n for part in parts for n in (part.channels, int(part.silu), part.group)]
+        return torch.ops.fastweights.convolve(x, weight, before.to(x.dtype), spec)
+    return _in_torch(x, weight, before, parts)
+
+
+def _in_torch(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...]) -> Tensor:
+    extended, steps = torch.cat([before.to(x.dtype), x], 1), x.shape[1]
+    z = torch.stack([extended[:, j : j + steps] * weight[:, j] for j in range(weight.shape[1])]).sum(0)
+    done = []
+    for part, s in zip(parts, z.split([p.channels for p in parts], -1), strict=True):
+        s = F.silu(s) if part.silu else s
+        done.append(l2_normalised(s.unflatten(-1, (-1, part.group))).flatten(-2) if part.group else s)
+    return torch.cat(done, -1)
+
+
+_ops = torch.library.Library("fastweights", "FRAGMENT")
+_ops.define("convolve(Tensor x, Tensor weight, Tensor before, int[] parts) -> Tensor")
+_ops.define("convolve_backward(Tensor grad, Tensor x, Tensor weight, Tensor before, int[] parts) -> (Tensor, Tensor, Tensor)")
+
+
+def _problem(x: Tensor, weight: Tensor, before: Tensor, parts: list[int]) -> tuple[_CConvolution, Tensor]:
+    B, T, channels = x.shape
+    turned = weight.detach().float().t().contiguous()
+    ends = [sum(parts[: i + 1 : 3]) for i in range(0, len(parts), 3)]
+    c = _CConvolution(B, T, channels, weight.shape[1], len(ends))
+    c.part = array(_CPart, [_CPart(end, *parts[3 * i + 1 : 3 * i + 3]) for i, end in enumerate(ends)])
+    c.weight, c.x, c.before, c.threads = turned.data_ptr(), _rows(x), _rows(before), torch.get_num_threads()
+    return c, turned  # which must live as long as the call
+
+
+def _rows(x: Tensor) -> CTensor:
+    return tensor(x.unsqueeze(2)) if x.shape[1] else NOTHING
+
+
+def _convolve(x: Tensor, weight: Tensor, before: Tensor, parts: list[int]) -> Tensor:
+    c, _weight = _problem(x, weight, before, parts)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    c.y = _rows(y)
+    library().lib.fastweights_convolve(ctypes.byref(c))  # type: ignore[union-attr]
+    return y
+
+
+def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, before: Tensor, parts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    c, _weight = _problem(x, weight, before, parts)
+    dx, dbefore = torch.empty(x.shape, dtype=x.dtype), torch.empty(before.shape, dtype=before.dtype)
+    lib = library().lib
+    assert lib is not None
+    sums = torch.empty(x.shape[0] * -(-x.shape[1] // lib.fastweights_convolution_run()), weight.shape[1] + 1, x.shape[2])
+    c.dy, c.dx, c.dbefore, c.sums = _rows(grad), _rows(dx), _rows(dbefore), sums.data_ptr()
+    lib.fastweights_convolve_backward(ctypes.byref(c))
+    return dx, sums[:, :-1].sum(0).t().to(weight.dtype), dbefore
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, before, ctx.parts = inputs
+    ctx.save_for_backward(x, weight, before)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    return *torch.ops.fastweights.convolve_backward(grad, *ctx.saved_tensors, ctx.parts), None
+
+
+_ops.impl("convolve", _convolve, "CPU")
+_ops.impl("convolve_backward", _convolve_backward, "CPU")
+torch.library.register_fake("fastweights::convolve", lambda x, weight, before, parts: x.new_empty(x.shape), lib=_ops)
+torch.library.register_fake(
+    "fastweights::convolve_backward",
+    lambda grad, x, weight, before, parts: (x.new_empty(x.shape), torch.empty_like(weight), before.new_empty(before.shape)),
+    lib=_ops,
+)
+torch.library.register_autograd("fastweights::convolve", _backward, setup_context=_setup, lib=_ops)

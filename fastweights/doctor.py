@@ -8,6 +8,7 @@ from importlib import metadata
 
 import torch
 
+from .engine.kernels import library
 from .engine.scan import BACKENDS
 
 _NEEDED = ("torch", "numpy", "safetensors", "tyro", "rich", "matplotlib")
@@ -30,6 +31,8 @@ def findings() -> list[tuple[str, str, bool | None]]:
     cuda = torch.cuda.is_available()
     rows.append(("gpu", torch.cuda.get_device_name() if cuda else "none that torch can use; everything runs on the processor", None))
     rows.append(("backends", ", ".join(BACKENDS), True))
+    kernels = library()
+    rows.append(("cpu kernels", kernels.why or f"compiled for {kernels.isa}, forward and backward", not kernels.why))
     rows.append(("forms", "recurrent, parallel and chunk, in torch, on any device", True))
     return rows
 

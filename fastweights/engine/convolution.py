@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cpu import no_second_derivative
 from .inputs import may_look
 from .kernels import NOTHING, TYPES, CTensor, array, library, tensor
 
@@ -133,3 +134,4 @@ torch.library.register_fake(
     lib=_ops,
 )
 torch.library.register_autograd("fastweights::convolve", _backward, setup_context=_setup, lib=_ops)
+torch.library.register_autograd("fastweights::convolve_backward", no_second_derivative, lib=_ops)

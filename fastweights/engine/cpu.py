@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..language.errors import SignalError
+from ..language.errors import FormError, SignalError
 from ..language.expr import Expr
 from ..language.program import MicroStep, Program
 from . import kernels
@@ -287,6 +287,10 @@ def _scan_backward_fake(
     return [*grads, torch.empty(first.shape if needed[-1] else (0,), device=first.device)]
 
 
+def no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise FormError("the compiled kernels have first derivatives only; for derivatives of gradients run fw.scan(..., backend='torch')")
+
+
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     tensors, first, reset, spec, scales, _, save = inputs
     ctx.set_materialize_grads(False)
@@ -319,3 +323,4 @@ torch.library.register_fake(
     lib=_library,
 )
 torch.library.register_autograd("fastweights::scan", _backward, setup_context=_setup, lib=_library)
+torch.library.register_autograd("fastweights::scan_backward", no_second_derivative, lib=_library)

@@ -150,5 +150,5 @@ def _openmp_entries() -> tuple[int | None, int | None]:
     return None, None
 
 
-def array(kind: type, items: Sequence[ctypes.Structure]) -> ctypes.Array:
+def array(kind: type[ctypes.Structure], items: Sequence[ctypes.Structure]) -> ctypes.Array:
     return (kind * max(len(items), 1))(*items)

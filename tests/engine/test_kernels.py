@@ -1,0 +1,392 @@
+"""The compiled kernels are the same function as the rule's own body, gradients included."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import AFFINE, R, name, state_for
+
+import fastweights as fw
+from fastweights import Key, KeyVector, LogDecay, Query, Rate, Value, outer
+from fastweights.engine import cpu
+from fastweights.engine.check import distance, example, gradients
+from fastweights.engine.convolution import Part, _in_torch, short_convolution
+from fastweights.engine.kernels import library
+
+pytestmark = pytest.mark.skipif(library().lib is None, reason=f"no kernels: {library().why}")
+EPS = torch.finfo(torch.float32).eps
+# How far a gradient may be from float64: twice the recurrence's own rounding, and the rounding of a dozen more operations: the
+# chunk takes up to 16 products of decays and a sum over 16 tokens where the recurrence takes one step.
+MORE = 12 * EPS
+
+
+@fw.rule
+def free_erase(W, k: Key, v: Value, x: KeyVector, y: KeyVector):
+    return W + outer(W @ x, y) + outer(v, k)
+
+
+@fw.rule
+def old_read(W, q: Query, k: Key, v: Value, beta: Rate, g: LogDecay):
+    return W * g.exp() + outer(beta * (v - W @ k), k), W @ q
+
+
+def served(rule, signals, state):
+    shapes = {n: tuple(x.shape[3:]) for n, x in signals.items()} | {n: tuple(s.shape[2:]) for n, s in zip(rule.states, state, strict=True)}
+    return not isinstance(cpu.operands(rule.trace_for(shapes).program), str)
+
+
+def cases():
+    """Every rule that the kernels serve, with decays per head and per channel: all nine classes."""
+    for rule in [*AFFINE, free_erase, old_read, R.gated_delta * 3, R.gated_delta.T, R.delta >> R.gated_delta]:
+        for pick in rule.shapes:
+            signals = example(rule, 1, 1, 1, 5, 3, per_channel=pick == -1)
+            if served(rule, signals, state_for(rule, 1, 1, 5, 3)):
+                yield pytest.param(rule, pick == -1, id=f"{name(rule)}{' per channel' if pick == -1 else ''}")
+
+
+CASES = list(cases())
+
+
+def single(signals):
+    return {n: x.float() for n, x in signals.items()}
+
+
+def parts(out):
+    return [out.y, *(out.state if isinstance(out.state, tuple) else (out.state,))]
+
+
+def close(found, rounded, exact, more=MORE):
+    for a, r, e in zip(found, rounded, exact, strict=True):
+        if e.numel() and e.norm() > 0:
+            assert distance(a, e) <= 2 * distance(r, e) + more
+        else:
+            assert not a.numel() or a.abs().max() < 1e-5
+
+
+def compare(rule, signals, state, reset=None, grad=True):
+    """Against the body in float64, with the rounding of the body in float32 for comparison."""
+    low, start = single(signals), tuple(s.float() for s in state)
+    exact = fw.scan(rule, **signals, state=state, reset=reset, form="recurrent")
+    rounded = fw.scan(rule, **low, state=start, reset=reset, form="recurrent")
+    found = fw.scan(rule, **low, state=start, reset=reset, backend="cpu")
+    close(parts(found), parts(rounded), parts(exact))
+    if grad:
+        slopes = [gradients(rule, s, w, reset=reset, **how) for s, w, how in (
+            (low, start, {"backend": "cpu"}), (low, start, {"form": "recurrent"}), (signals, state, {"form": "recurrent"}))]  # fmt: skip
+        close(*slopes, more=4 * MORE)
+
+
+def test_all_nine_classes_are_served():
+    found = set()
+    for case in CASES:
+        rule, per_channel = case.values
+        program = rule.trace_for(
+            {n: s.shapes(4, 3)[-1 if per_channel else 0] for part in (rule.states, rule.signals) for n, s in part.items()}
+        ).program
+        found.add((program.decay, program.erase))
+    assert found == {(d, e) for d in ("none", "scalar", "key") for e in ("none", "tied", "free")}
+
+
+@pytest.mark.parametrize(("rule", "per_channel"), CASES)
+def test_kernels_agree_with_the_body(rule, per_channel):
+    for T, H, K, V, seed in ((0, 1, 3, 2, 0), (1, 2, 5, 3, 1), (37, 2, 19, 33, 2), (130, 1, 8, 5, 3)):
+        signals, state = example(rule, 2, T, H, K, V, per_channel=per_channel, seed=seed), state_for(rule, 2, H, K, V)
+        compare(rule, signals, state, grad=T > 0)
+
+
+@pytest.mark.parametrize(("rule", "per_channel"), CASES)
+def test_resets_and_splits(rule, per_channel):
+    signals, state = example(rule, 2, 70, 2, 6, 9, per_channel=per_channel), state_for(rule, 2, 2, 6, 9)
+    reset = torch.rand(2, 70, generator=torch.Generator().manual_seed(0)) < 0.1
+    compare(rule, signals, state, reset)
+    low, start = single(signals), tuple(s.float() for s in state)
+    whole = fw.scan(rule, **low, state=start, backend="cpu")
+    for cut in (1, 16, 33):
+        first = fw.scan(rule, **{n: x[:, :cut] for n, x in low.items()}, state=start, backend="cpu")
+        rest = fw.scan(rule, **{n: x[:, cut:] for n, x in low.items()}, state=first.state, backend="cpu")
+        assert distance(torch.cat([first.y, rest.y], 1), whole.y) < 1e-5
+
+
+@pytest.mark.parametrize(("K", "V"), [(16, 16), (32, 64), (64, 64), (128, 128), (256, 256), (1, 40), (100, 1)])
+@pytest.mark.parametrize("rule", [R.decayed_hebb, R.gated_delta, R.generalised_delta], ids=name)
+def test_sizes(rule, K, V):
+    for pick in rule.shapes:
+        if K > 1 or pick == 0:
+            compare(rule, example(rule, 1, 40, 1, K, V, per_channel=pick == -1), state_for(rule, 1, 1, K, V), grad=K < 256)
+
+
+FUZZED = [
+    R.hebb, R.decayed_hebb, R.delta, R.gated_delta, R.generalised_delta, R.erase_write, R.comba, R.gated_oja, R.delta * 2,
+    free_erase, old_read,
+]  # fmt: skip
+
+
+def fuzz(rule, draw):
+    B, T, groups, K, V = (draw(st.integers(lo, hi)) for lo, hi in ((1, 3), (1, 50), (1, 3), (2, 40), (1, 40)))
+    H = groups * draw(st.integers(1, 3))
+    signals = example(rule, B, T, H, K, V, per_channel=draw(st.booleans()) and rule.shapes[-1] == -1, seed=draw(st.integers(0, 99)))
+    for n, x in signals.items():
+        if n in ("q", "k") and draw(st.booleans()):
+            x = x[:, :, :groups]
+        how = draw(st.sampled_from(["as it is", "time is the fastest axis", "every second number", "the same for all tokens"]))
+        if how == "time is the fastest axis":
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        elif how == "every second number":
+            x = torch.stack([x, x + 1], -1)[..., 0]
+        elif how == "the same for all tokens":
+            x = x[:, :1].expand(-1, T, *x.shape[2:])
+        signals[n] = x
+    reset = torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < draw(st.sampled_from([0, 0.1, 0.9]))
+    return signals, state_for(rule, B, H, K, V), draw(st.sampled_from([None, reset]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    rule=st.sampled_from(
+        [
+            R.hebb,
+            R.decayed_hebb,
+            R.delta,
+            R.gated_delta,
+            R.generalised_delta,
+            R.erase_write,
+            R.comba,
+            R.gated_oja,
+            R.delta * 2,
+            free_erase,
+            old_read,
+        ]
+    ),
+)
+def test_any_shapes_strides_and_flags(data, rule):
+    signals, state, reset = fuzz(rule, data.draw)
+    low, start = {n: x.to(torch.float32) for n, x in signals.items()}, tuple(s.float() for s in state)
+    exact = fw.scan(rule, **{n: x.double() for n, x in low.items()}, state=tuple(s.double() for s in start), reset=reset, form="recurrent")
+    found = fw.scan(rule, **low, state=start, reset=reset, backend="cpu")
+    for a, e in zip(parts(found), parts(exact), strict=True):
+        assert (a - e).norm() <= 3e-6 * (e.norm() + start[0].norm())
+    ours, theirs = (
+        gradients(rule, {n: x.to(d) for n, x in low.items()}, tuple(s.to(d) for s in start), reset=reset, **how)
+        for d, how in ((torch.float32, {"backend": "cpu"}), (torch.float64, {"form": "recurrent"}))
+    )
+    scale = max(t.norm() for t in theirs)
+    for a, e in zip(ours, theirs, strict=True):
+        assert (a - e).norm() <= 1e-5 * (e.norm() + 0.1 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", [R.decayed_hebb, R.gated_delta, R.comba], ids=name)
+def test_sixteen_bits(rule, dtype):
+    """The state and all sums are float32: what is rounded is the input (exactly given here) and once each output."""
+    signals = {n: x.to(torch.float32 if rule.signals[n].role.log_decay else dtype) for n, x in example(rule, 2, 50, 2, 24, 17).items()}
+    state = tuple(s.float() for s in state_for(rule, 2, 2, 24, 17))
+    exact = fw.scan(rule, **{n: x.double() for n, x in signals.items()}, state=tuple(s.double() for s in state), form="recurrent")
+    found = fw.scan(rule, **signals, state=state, backend="cpu")
+    assert found.y.dtype == dtype
+    assert found.state.dtype == torch.float32
+    assert ((found.y.double() - exact.y).abs() <= torch.finfo(dtype).eps / 2 * exact.y.abs() * 1.01 + 2e-6).all()
+    assert distance(found.state, exact.state) < 1e-6
+    for g, e in zip(
+        gradients(rule, signals, state, backend="cpu"),
+        gradients(rule, {n: x.double() for n, x in signals.items()}, tuple(s.double() for s in state), form="recurrent"),
+        strict=True,
+    ):
+        assert distance(g, e) < 3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("rule", [R.decayed_hebb, R.gated_delta, R.generalised_delta], ids=name)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_extreme_decays(rule, per_channel):
+    signals, state = example(rule, 1, 60, 2, 6, 4, per_channel=per_channel), state_for(rule, 1, 2, 6, 4)
+    for value in (0.0, -1e-8, -30.0, -50.0, -1e4, -torch.inf):
+        g = signals["g"].clone()
+        g[:, 7::3] = value
+        compare(rule, signals | {"g": g}, state, grad=value > -torch.inf)
+    whole = gradients(rule, single(signals | {"g": torch.full_like(g, -torch.inf)}), tuple(s.float() for s in state), backend="cpu")
+    assert all(x.isfinite().all() for x in whole)
+
+
+def test_rates_of_zero_have_a_gradient():
+    signals, state = example(R.gated_delta, 1, 40, 1, 6, 4), state_for(R.gated_delta, 1, 1, 6, 4)
+    compare(R.gated_delta, signals | {"beta": torch.zeros_like(signals["beta"])}, state)
+
+
+@pytest.mark.parametrize("rule", [R.hebb, R.gated_delta, R.generalised_delta], ids=name)
+def test_what_is_not_a_number_stays_where_it_arose(rule):
+    low, start = single(example(rule, 2, 40, 2, 20, 6)), tuple(s.float() for s in state_for(rule, 2, 2, 20, 6))
+    clean = fw.scan(rule, **low, state=start, backend="cpu")
+    for n in low:
+        bad = {m: x.clone() for m, x in low.items()}
+        bad[n][1, 21, 0] = torch.nan
+        y = fw.scan(rule, **bad, state=start, backend="cpu").y
+        assert torch.equal(y[0], clean.y[0])
+        assert torch.equal(y[1, :, 1], clean.y[1, :, 1])
+        assert torch.equal(y[1, :21, 0], clean.y[1, :21, 0])
+        assert y[1, 21, 0].isnan().any()
+
+
+def test_a_positive_decay_is_refused():
+    low = single(example(R.gated_delta, 1, 30, 1, 6, 4))
+    low["g"][0, 20] = 0.1
+    with pytest.raises(fw.SignalError, match="must be <= 0"):
+        fw.scan(R.gated_delta, **low, backend="cpu")
+    one = {n: x[:, 20].contiguous() for n, x in low.items()}
+    W = torch.zeros(1, 1, 4, 6)
+    fw.step(R.gated_delta, W, **one | {"g": -one["g"]})  # prepares the call, which then looks at no value but in the kernel
+    with pytest.raises(fw.SignalError, match="log decay is positive"):
+        fw.step(R.gated_delta, W, **one)
+
+
+@pytest.mark.parametrize("rule", [R.gated_delta, R.gated_oja], ids=name)
+def test_threads_and_batches_change_no_bit(rule):
+    low, start = single(example(rule, 3, 70, 4, 20, 24)), tuple(s.float() for s in state_for(rule, 3, 4, 20, 24))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            out = fw.scan(rule, **low, state=start, backend="cpu")
+            found.append([*parts(out), *gradients(rule, low, start, backend="cpu")])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    alone = fw.scan(rule, **{n: x[1:2] for n, x in low.items()}, state=tuple(s[1:2] for s in start), backend="cpu")
+    assert torch.equal(alone.y, found[0][0][1:2])
+
+
+def test_several_python_threads_at_once():
+    low = single(example(R.gated_delta, 2, 300, 2, 32, 32))
+    want, wrong = fw.scan(R.gated_delta, **low, backend="cpu").y, []
+
+    def work():
+        for _ in range(10):
+            wrong.extend([] if torch.equal(fw.scan(R.gated_delta, **low, backend="cpu").y, want) else [1])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_a_forked_process_runs_them():
+    """As a DataLoader worker does, after the parent has used its threads."""
+    program = """
+import os, torch, fastweights as fw
+k = torch.nn.functional.normalize(torch.randn(2, 100, 2, 16), dim=-1)
+run = lambda: fw.scan(fw.rules.delta, q=k, k=k, v=k, beta=torch.ones(2, 100, 2), backend="cpu").y
+want = run()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(run(), want) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_without_kernels_torch_serves_and_says_so():
+    program = "import torch, fastweights as fw; k = torch.ones(1, 4, 1, 2); print(fw.plan(fw.rules.hebb, q=k, k=k, v=k))"
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"FASTWEIGHTS_ISA": "none"}, capture_output=True, text=True, check=True
+    )
+    assert "backend torch" in out.stdout
+    assert "FASTWEIGHTS_ISA is none" in out.stdout
+
+
+@pytest.mark.parametrize("rule", [r for r in R.CATALOGUE if "q" in r.signals], ids=name)
+def test_step_is_a_scan_of_one_token(rule):
+    for pick in rule.shapes:
+        for K, V in ((5, 7), (33, 20), (32, 32)):
+            one = {n: x[:, 0].float() for n, x in example(rule, 2, 1, 4, K, V, per_channel=pick == -1).items()}
+            W = tuple(s.float() for s in state_for(rule, 2, 4, K, V))
+            W = W[0] if len(W) == 1 else W
+            found, want = fw.step(rule, W, **one), fw.step(rule, W, **one, backend="torch")
+            assert all(distance(a, b) < 1e-6 for a, b in zip(parts(found), parts(want), strict=True))
+
+
+def test_step_in_place():
+    one, W = {n: x[:, 0] for n, x in single(example(R.gated_delta, 1, 1, 2, 16, 16)).items()}, torch.randn(1, 2, 16, 16)
+    want, before = fw.step(R.gated_delta, W, **one), W.clone()
+    assert torch.equal(W, before)
+    found = fw.step(R.gated_delta, W, out=W, **one)
+    assert found.state is W
+    assert torch.equal(W, want.state)
+    assert torch.equal(found.y, want.y)
+    with pytest.raises(fw.SignalError, match="out is"):
+        fw.step(R.gated_delta, before, out=torch.zeros(2, 2), **one)
+
+
+def test_refusals_name_the_reason():
+    low = single(example(R.delta, 1, 5, 1, 4, 4))
+    for how, why in (
+        ({"form": "parallel"}, "the kernels run form 'chunk'"),
+        ({"chunk_size": 4}, "the kernels have their own"),
+    ):
+        with pytest.raises(fw.FormError, match=why):
+            fw.scan(R.delta, **low, backend="cpu", **how)
+    with pytest.raises(fw.FormError, match="float64"):
+        fw.scan(R.delta, **{n: x.double() for n, x in low.items()}, backend="cpu")
+
+
+@pytest.mark.parametrize("rule", [R.hebb, R.gated_delta, R.generalised_delta], ids=name)
+def test_the_operator_is_registered_in_full(rule):
+    """Its schema, its shapes on fake tensors, its gradient: what torch.compile and torch.export build on."""
+    low, state = single(example(rule, 1, 40, 2, 8, 8)), torch.zeros(1, 2, 8, 8)
+    shapes = {n: tuple(x.shape[3:]) for n, x in low.items()} | {"W": (8, 8)}
+    program = rule.trace_for(shapes).program
+    names = {leaf: n for n, leaf in program.leaves.items()}
+    found = cpu.operands(program)
+    tensors = [low[names[e]].requires_grad_() for e in found.tensors]
+    arguments = (tensors, state, None, list(found.spec), list(found.scales), torch.float32, True)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.fastweights.scan.default, arguments, test_utils=tests)
+
+    compiled = torch.compile(lambda *t: torch.ops.fastweights.scan(list(t), *arguments[1:])[0] * 2, fullgraph=True, backend="aot_eager")
+    y = compiled(*tensors)
+    assert torch.equal(y, torch.ops.fastweights.scan(*arguments)[0] * 2)
+    y.sum().backward()
+    assert all(t.grad is not None for t in tensors)
+
+
+def test_a_second_derivative_is_right_or_refused():
+    low = single(example(R.delta, 1, 5, 1, 4, 4))
+    beta = low["beta"].requires_grad_()
+    y = fw.scan(R.delta, **low | {"beta": beta}, backend="cpu").y
+    (slope,) = torch.autograd.grad(y.square().sum(), beta, create_graph=True)
+    with pytest.raises(fw.FormError, match="backend='torch'"):
+        slope.sum().backward()
+
+
+@pytest.mark.slow
+def test_a_million_tokens():
+    T = 1_000_000
+    k = torch.nn.functional.normalize(torch.randn(1, T, 1, 8), dim=-1)
+    beta, g = torch.rand(1, T, 1), -torch.rand(1, T, 1) * 0.01
+    signals = {"q": k, "k": k, "v": k, "beta": beta, "g": g}
+    y, W = fw.scan(R.gated_delta, **signals, backend="cpu")
+    half = fw.scan(R.gated_delta, **{n: x[:, : T // 2].double() for n, x in signals.items()}).y
+    assert y.isfinite().all()
+    assert distance(y[:, : T // 2], half) < 1e-6
+    assert W.isfinite().all()
+
+
+@pytest.mark.parametrize(("B", "T", "C", "width"), [(2, 130, 48, 4), (1, 5, 7, 2), (3, 64, 40, 8), (2, 1, 33, 3)])
+def test_short_convolution(B, T, C, width):
+    after = (Part(32, True, 8), Part(16, True)) if C == 48 else (Part(C),)
+    draw = torch.Generator().manual_seed(0)
+    x, w, before, weight = (torch.randn(*s, generator=draw) for s in ((B, T, C), (C, width), (B, width - 1, C), (B, T, C)))
+    results = []
+    for run, dtype in ((short_convolution, torch.float32), (_in_torch, torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w, before)]
+        y = run(*leaves, after)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), leaves)])
+    assert all((a - b).norm() <= 1e-6 * (b.norm() + 1) for a, b in zip(*results, strict=True))
+    across = x.mT.contiguous().mT
+    assert torch.equal(short_convolution(across, w, before, after), short_convolution(x, w, before, after))

@@ -18,7 +18,7 @@ _EPSILON = 1e-6
 
 
 class Part(NamedTuple):
-    """Consecutive channels that are treated alike: how many, whether through silu, and in groups of how many they get unit norm (0: none)."""
+    """Consecutive channels that are treated alike: how many, whether through silu, in groups of how many they get unit norm (0: none)."""
 
     channels: int
     silu: bool = False

@@ -268,6 +268,8 @@ def as_decay(c: Expr) -> Decays:
         return Decays(log=c.args[0])
     if c.op == "mul" and all(isinstance(a, Expr) for a in c.args):
         return as_decay(c.args[0]) * as_decay(c.args[1])
+    if c.op == "getitem" and isinstance(c.args[0], Expr) and c.args[0].op == "exp":  # the only channel of one
+        return Decays(log=c.args[0].args[0][c.args[1]])
     return Decays(factor=c)
 
 

@@ -72,3 +72,15 @@ extern "C" __attribute__((visibility("default"))) void fastweights_sizes(fw::Pro
     *row = at.Vp;
     *state = at.state();
 }
+
+// Multiply-adds on registers alone, for benchmarks: 2 * 16 * L * rounds operations, about as fast as the processor can.
+extern "C" __attribute__((visibility("default"))) float fastweights_multiply_add(int64_t rounds) {
+    fw::vec acc[16] = {}, a = fw::broadcast(0.999f), b = fw::broadcast(0.001f);
+    for (int64_t i = 0; i < rounds; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; j++) acc[j] = acc[j] * a + b;
+    float out = 0;
+    for (int j = 0; j < 16; j++) out += acc[j][0];
+    return out;
+}
+extern "C" __attribute__((visibility("default"))) int64_t fastweights_lanes() { return fw::L; }

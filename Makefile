@@ -1,10 +1,10 @@
 # make demo   check rules, train two small models on real text, compare them, write from one
-# make test   the fast suite; make test-slow the rest
+# make test   the fast suite; make test-slow the rest; make sanitize the kernels under sanitizers; make wheel a wheel, tried
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow lint types format clean
+.PHONY: demo test test-slow wheel sanitize lint types format clean
 
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 KERNELS := CMakeLists.txt $(wildcard fastweights/engine/csrc/*)
@@ -24,6 +24,21 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# a wheel for all instruction sets of this processor family, tried in an environment of its own
+wheel: $(STAMP)
+	rm -rf dist build/wheel && mkdir -p build/wheel
+	$(PIP:install=wheel) --no-deps --wheel-dir dist .
+	$(BIN)/python -m venv build/wheel/venv
+	PIP_CONSTRAINT=constraints.txt build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check torch dist/*.whl
+	cd build/wheel && venv/bin/python ../../.ci/wheel.py
+
+# the kernels under the address and undefined-behaviour sanitizers: their tests, several times slower
+sanitize: $(STAMP)
+	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTWEIGHTS_ISAS=native -DFASTWEIGHTS_SANITIZE=ON
+	cmake --build build/sanitize
+	FASTWEIGHTS_KERNELS=build/sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/engine/test_kernels.py -m 'not slow'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

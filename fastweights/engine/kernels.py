@@ -103,6 +103,8 @@ def isas() -> list[str]:
 
 
 def _folders() -> list[Path]:
+    if chosen := os.environ.get("FASTWEIGHTS_KERNELS"):
+        return [Path(chosen)]
     import fastweights.engine as engine
 
     # an editable install keeps what it compiled beside the other packages, not beside the sources
@@ -111,7 +113,10 @@ def _folders() -> list[Path]:
 
 @functools.cache
 def library() -> Library:
-    """The kernels for this machine; ``FASTWEIGHTS_ISA`` names another instruction set, for tests."""
+    """The kernels for this machine.
+
+    For tests, ``FASTWEIGHTS_ISA`` names another instruction set (or ``none``), ``FASTWEIGHTS_KERNELS`` a folder to take them from.
+    """
     wanted = os.environ.get("FASTWEIGHTS_ISA", "")
     if wanted == "none":
         return Library(None, "", "FASTWEIGHTS_ISA is none")

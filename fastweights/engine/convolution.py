@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cpu import no_second_derivative
-from .inputs import may_look
 from .kernels import NOTHING, TYPES, CTensor, array, library, tensor
 
 WIDTHS = range(2, 9)  # of the compiled kernels
@@ -60,12 +59,20 @@ def short_convolution(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Pa
     >>> short_convolution(x, torch.ones(2, 2), torch.zeros(1, 1, 2))[0, :, 0].tolist()
     [1.0, 2.0, 2.0]
     """
-    parts = parts or (Part(x.shape[-1]),)
+    return _convolution(
+        x, weight, before, [n for part in parts or (Part(x.shape[-1]),) for n in (part.channels, int(part.silu), part.group)]
+    )
+
+
+@torch.compiler.allow_in_graph
+def _convolution(x: Tensor, weight: Tensor, before: Tensor, spec: list[int]) -> Tensor:
     compiled = x.device.type == "cpu" and x.dtype in TYPES and weight.shape[1] in WIDTHS and library().lib is not None
-    if compiled and (may_look() or torch.compiler.is_compiling()) and x.shape[1]:
-        spec = [n for part in parts for n in (part.channels, int(part.silu), part.group)]
+    transformed = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    if compiled and not transformed and x.shape[1]:
         return torch.ops.fastweights.convolve(x, weight, before.to(x.dtype), spec)
-    return _in_torch(x, weight, before, parts)
+    return _in_torch(
+        x, weight, before, tuple(Part(n, bool(silu), group) for n, silu, group in zip(*(spec[i::3] for i in range(3)), strict=True))
+    )
 
 
 def _in_torch(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...]) -> Tensor:

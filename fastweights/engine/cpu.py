@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..language.errors import FormError, SignalError
 from ..language.expr import Expr
 from ..language.program import MicroStep, Program
 from . import kernels
-from .inputs import Inputs, may_look
+from .inputs import Inputs
 from .kernels import CHUNK, CGradient, CMicro, CProblem, CRead, array, library, state, tensor
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class Operands:
 @functools.lru_cache(maxsize=256)
 def operands(program: Program) -> Operands | str:
     """The operands of a program, or why the kernels do not run it."""
+    with _disable_current_modes():  # as in tracing: what is recorded outlives the capture of a graph
+        return _operands(program)
+
+
+def _operands(program: Program) -> Operands | str:
     backward = {read.backward for read in program.reads}
     if any(step.factor is not None for step in program.steps):
         return "a decay is not written as an exponential"
@@ -122,7 +128,7 @@ def refusal(program: Program, given: Inputs) -> str:
         return f"the signals are on {given.device}"
     if given.dtype != torch.float32:
         return f"the signals are {given.dtype}"
-    if not may_look() and not torch.compiler.is_compiling():
+    if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return "it runs inside a transform of torch.func"
     found = operands(program)
     return found if isinstance(found, str) else library().why

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..language.errors import FormError, SignalError
 from ..language.program import Program
 from ..language.roles import ROLES
-from ..language.rule import FORMS, Rule
+from ..language.rule import FORMS, RULES, Rule
 from ..language.trace import Trace
 from . import cpu, lowered
 from .chunk import chunked
@@ -81,8 +81,25 @@ def scan(
     >>> y.flatten().tolist(), W.squeeze().tolist()
     ([3.0, 5.0], [3.0, 5.0])
     """
+    if torch.compiler.is_compiling() and isinstance(rule, Rule):
+        states = state if isinstance(state, tuple) else () if state is None else (state,)
+        options = (form, backend, chunk_size, reset is not None, tuple(signals))
+        y, *new = _scan_in_graph(rule.number, options, [*states, *(() if reset is None else (reset,)), *signals.values()])
+        return Output(y, tuple(new) if len(new) > 1 else new[0])
     given = check(rule, signals, state, reset)
     return run(given, choose(given, form, backend, chunk_size))
+
+
+@torch.compiler.allow_in_graph
+def _scan_in_graph(number: int, options: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """A scan as one node of the graph that torch.compile captures; what it runs is captured behind it, from real code on fake tensors."""
+    form, backend, chunk_size, resets, names = options
+    rest = tensors[: len(tensors) - len(names)]
+    state, reset = (rest[:-1], rest[-1]) if resets else (rest, None)
+    signals = dict(zip(names, tensors[len(rest) :], strict=True))
+    given = check(RULES[number], signals, tuple(state) or None, reset)
+    out = run(given, choose(given, form, backend, chunk_size))
+    return out.y, *(out.state if isinstance(out.state, tuple) else (out.state,))
 
 
 def run(given: Inputs, chosen: Plan) -> Output:

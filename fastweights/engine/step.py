@@ -14,7 +14,7 @@ from ..language.rule import Rule
 from . import cpu
 from .inputs import Inputs, check, may_look
 from .kernels import library
-from .scan import Output, choose, run
+from .scan import Output, choose, run, scan
 
 _MOST_SIGNATURES = 256
 _known = threading.local()
@@ -33,6 +33,9 @@ def step(
     >>> y.tolist(), W.shape
     ([[[3.0, 3.0]]], torch.Size([1, 1, 2, 1]))
     """
+    if torch.compiler.is_compiling() and out is None:
+        y, state = scan(rule, state=W, form=form, backend=backend, **{n: x.unsqueeze(1) for n, x in signals.items()})
+        return Output(y.squeeze(1), state)
     if form == "auto" and backend != "torch" and isinstance(W, Tensor) and may_look():
         call = _prepared(rule, W, signals)
         if call is not None and (out is None or call.takes(out)):

@@ -40,6 +40,8 @@ def _value(arg: Any, done: dict[Expr, Tensor]) -> Any:
     if isinstance(arg, Expr):
         return done[arg]
     if isinstance(arg, Tensor) and done:
+        if torch.compiler.is_compiling() and not arg.requires_grad:
+            arg = torch.tensor(arg.tolist(), dtype=arg.dtype)  # made where tensors are fake, for these may not meet real ones
         like = next(iter(done.values()))
         return arg.to(like.device, like.dtype if arg.is_floating_point() else None)
     return arg

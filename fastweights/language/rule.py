@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import itertools
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,6 +32,9 @@ class Named(NamedTuple):
     signals: Mapping[str, Signal]
 
 
+RULES: weakref.WeakValueDictionary[int, Rule] = weakref.WeakValueDictionary()
+
+
 @dataclass(frozen=True, eq=False)
 class Rule:
     """How one token changes the fast weights W, and what is read from them.
@@ -51,7 +56,11 @@ class Rule:
     objective: Objective | None = None
     cite: str = ""
     doc: str = ""
+    number: int = field(default_factory=itertools.count().__next__, repr=False)  # by which a compiled graph finds this object in RULES
     _traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        RULES[self.number] = self
 
     @property
     def states(self) -> Mapping[str, Signal]:

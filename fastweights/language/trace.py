@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .chain import Chain, Lin, is_one, plus, since, times
 from .errors import RuleError
@@ -47,7 +48,8 @@ class Trace:
 
 def trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
     """Trace ``rule`` for the shapes of W, its states and its signals for one token and one head."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+    # numbers on the tape outlive the call, which may run inside a graph's capture, where tensors are fake
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         return _trace(rule, shapes)
 
 

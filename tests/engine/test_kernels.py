@@ -355,6 +355,31 @@ def test_the_operator_is_registered_in_full(rule):
     assert all(t.grad is not None for t in tensors)
 
 
+@pytest.mark.parametrize("rule", [R.gated_delta, R.normalised_hebb, R.oja], ids=name)
+def test_compiled_in_one_graph(rule):
+    low = single(example(rule, 1, 40, 2, 8, 8))
+
+    def whole(*tensors):
+        return fw.scan(rule, **dict(zip(low, tensors, strict=True))).y * 2
+
+    def token(*tensors):
+        return fw.step(rule, None, **dict(zip(low, tensors, strict=True))).y * 2
+
+    torch.compiler.reset()
+    leaves = [x.clone().requires_grad_() for x in low.values()]
+    y, want = torch.compile(whole, fullgraph=True, backend="aot_eager")(*leaves), whole(*leaves)
+    assert torch.equal(y, want)
+    slopes = [torch.autograd.grad(out.sum(), leaves) for out in (y, want)]
+    assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
+    one = [x[:, 0] for x in low.values()]
+    assert torch.allclose(torch.compile(token, fullgraph=True, backend="aot_eager")(*one), token(*one), atol=1e-6)
+
+
+def test_a_compiled_layer():
+    layer, x = fw.FastWeightLayer(R.gated_delta, 32, heads=2), torch.randn(1, 20, 32)
+    assert torch.allclose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0], layer(x)[0], atol=1e-6)
+
+
 def test_a_second_derivative_is_right_or_refused():
     low = single(example(R.delta, 1, 5, 1, 4, 4))
     beta = low["beta"].requires_grad_()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cpu import no_second_derivative
-from .kernels import NOTHING, TYPES, CTensor, array, library, tensor
+from .kernels import NOTHING, TYPES, CTensor, array, large, library, tensor
 
 WIDTHS = range(2, 9)  # of the compiled kernels
 _EPSILON = 1e-6
@@ -106,7 +106,7 @@ def _rows(x: Tensor) -> CTensor:
 
 def _convolve(x: Tensor, weight: Tensor, before: Tensor, parts: list[int]) -> Tensor:
     c, _weight = _problem(x, weight, before, parts)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = large(torch.empty(x.shape, dtype=x.dtype))
     c.y = _rows(y)
     library().lib.fastweights_convolve(ctypes.byref(c))  # type: ignore[union-attr]
     return y
@@ -114,7 +114,7 @@ def _convolve(x: Tensor, weight: Tensor, before: Tensor, parts: list[int]) -> Te
 
 def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, before: Tensor, parts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     c, _weight = _problem(x, weight, before, parts)
-    dx, dbefore = torch.empty(x.shape, dtype=x.dtype), torch.empty(before.shape, dtype=before.dtype)
+    dx, dbefore = large(torch.empty(x.shape, dtype=x.dtype)), torch.empty(before.shape, dtype=before.dtype)
     lib = library().lib
     assert lib is not None
     sums = torch.empty(x.shape[0] * -(-x.shape[1] // lib.fastweights_convolution_run()), weight.shape[1] + 1, x.shape[2])

@@ -22,7 +22,7 @@ from ..language.expr import Expr
 from ..language.program import MicroStep, Program
 from . import kernels
 from .inputs import Inputs
-from .kernels import CHUNK, CGradient, CMicro, CProblem, CRead, array, library, state, tensor
+from .kernels import CHUNK, CGradient, CMicro, CProblem, CRead, array, large, library, state, tensor
 
 if TYPE_CHECKING:
     from .lowered import Prepared
@@ -141,10 +141,11 @@ def blocks(prepared: Prepared, weights: Tensor) -> tuple[list[Tensor], Tensor]:
     assert isinstance(found, Operands)
     prepared.evaluate([e for e in found.tensors if e not in prepared.raw])
     tensors = [prepared.raw[e] if e in prepared.raw else _flat(prepared.values[e], e, given, heads) for e in found.tensors]
-    keys = prepared.program.decay == "key"
-    for i, e in enumerate(found.tensors):
-        if keys and e.meta.ndim == 0 and any(step.log_decay is e for step in prepared.program.steps):
-            tensors[i] = tensors[i].unsqueeze(-1).expand(*tensors[i].shape, weights.shape[-1])
+    logs = [step.log_decay for step in prepared.program.steps]
+    if prepared.program.decay == "key":  # a decay per head among those per key gets channels, so that its gradient is summed over them
+        for i, e in enumerate(found.tensors):
+            if e.meta.ndim == 0 and any(log is e for log in logs):
+                tensors[i] = tensors[i].unsqueeze(-1).expand(*tensors[i].shape, weights.shape[-1])
     first = weights.flatten(1, len(heads))
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, first))
     out, last, *_ = torch.ops.fastweights.scan(tensors, first, given.reset, found.spec, found.scales, given.out, save)
@@ -209,13 +210,13 @@ def _scan(
     tensors: list[Tensor], first: Tensor, reset: Tensor | None, spec: list[int], scales: list[float], dtype: torch.dtype, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = Shape(tensors, first, spec)
-    out = torch.empty(shape.reads, shape.B, shape.T, shape.H, shape.width, dtype=dtype)
+    out = large(torch.empty(shape.reads, shape.B, shape.T, shape.H, shape.width, dtype=dtype))
     last = torch.empty_like(first)
     p = shape.problem(tensors, first, reset, scales, [tensor(o) for o in out.unbind()])
     p.last = state(last)
     values, checkpoints = _saved(shape, save)
     if save:
-        p.values, p.checkpoints = values.data_ptr(), checkpoints.data_ptr()
+        p.values, p.checkpoints = large(values).data_ptr(), large(checkpoints).data_ptr()
     positive = ctypes.c_int64(0)
     p.positive = ctypes.pointer(positive)
     library().lib.fastweights_forward(ctypes.byref(p))  # type: ignore[union-attr]
@@ -250,7 +251,7 @@ def _scan_backward(
     grad_last: Tensor | None, spec: list[int], scales: list[float], needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     shape = Shape(tensors, first, spec)
-    grads = _scan_backward_fake(tensors, first, reset, values, checkpoints, grad_out, grad_last, spec, scales, needed)
+    grads = [large(g) for g in _scan_backward_fake(tensors, first, reset, values, checkpoints, grad_out, grad_last, spec, scales, needed)]
     p = shape.problem(tensors, first, reset, scales, [kernels.NOTHING] * shape.reads)
     p.values, p.checkpoints = values.data_ptr(), checkpoints.data_ptr()
     unused = ctypes.c_int64(0)

@@ -155,5 +155,18 @@ def _openmp_entries() -> tuple[int | None, int | None]:
     return None, None
 
 
+_LARGE = 1 << 22  # bytes from which memory comes fresh from the system, a page fault at a time
+
+
+def large(fresh: Tensor) -> Tensor:
+    """The same tensor, on large pages if it is long: for memory that a kernel is about to write for the first time."""
+    size = fresh.numel() * fresh.itemsize
+    if size >= _LARGE:
+        lib = library().lib
+        assert lib is not None
+        lib.fastweights_large_pages(ctypes.c_void_p(fresh.data_ptr()), ctypes.c_int64(size))
+    return fresh
+
+
 def array(kind: type[ctypes.Structure], items: Sequence[ctypes.Structure]) -> ctypes.Array:
     return (kind * max(len(items), 1))(*items)

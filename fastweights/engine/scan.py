@@ -17,6 +17,7 @@ from . import cpu, lowered
 from .chunk import chunked
 from .inputs import Inputs, check, may_look, one_of, require_rule, whole_number
 from .parallel import parallel
+from .prepared import prepared
 from .recurrent import recurrent
 
 BACKENDS = ("torch", "cpu")
@@ -86,6 +87,10 @@ def scan(
         options = (form, backend, chunk_size, reset is not None, tuple(signals))
         y, *new = _scan_in_graph(rule.number, options, [*states, *(() if reset is None else (reset,)), *signals.values()])
         return Output(y, tuple(new) if len(new) > 1 else new[0])
+    if form == "auto" and backend != "torch" and chunk_size is None and reset is None and (state is None or isinstance(state, Tensor)):
+        call = prepared(rule, state, signals, time=True)
+        if call is not None:
+            return Output(*call(state, None, signals))
     given = check(rule, signals, state, reset)
     return run(given, choose(given, form, backend, chunk_size))
 

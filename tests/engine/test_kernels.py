@@ -236,9 +236,9 @@ def test_a_positive_decay_is_refused():
     low["g"][0, 20] = 0.1
     with pytest.raises(fw.SignalError, match="must be <= 0"):
         fw.scan(R.gated_delta, **low, backend="cpu")
-    one = {n: -(-x[:, 20]) for n, x in low.items()}
+    one = {n: x[:, 20] * 1 for n, x in low.items()}
     W = torch.zeros(1, 1, 4, 6)
-    fw.step(R.gated_delta, W, **one | {"g": -one["g"]})  # prepares the call, which then looks at no value but in the kernel
+    fw.step(R.gated_delta, W, **one | {"g": one["g"] * -1})  # prepares the call, which then looks at no value but in the kernel
     with pytest.raises(fw.SignalError, match="log decay is positive"):
         fw.step(R.gated_delta, W, **one)
 

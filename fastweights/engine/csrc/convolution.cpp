@@ -221,28 +221,30 @@ static void convolve_run_backward(const Convolution& c, int64_t b, int64_t first
 
 }  // namespace fw
 
-extern "C" __attribute__((visibility("default"))) void fastweights_convolve(fw::Convolution* c) {
+template <class F>
+static void each_run(fw::Convolution* c, F) {
     int64_t runs = (c->T + fw::RUN - 1) / fw::RUN;
     fw::parallel(
         c->B * runs, c->threads,
         [](void* context, int64_t i) {
             const fw::Convolution& c = *static_cast<fw::Convolution*>(context);
             int64_t runs = (c.T + fw::RUN - 1) / fw::RUN;
-            fw::convolve_run(c, i / runs, i % runs * fw::RUN);
+            F()(c, i, i / runs, i % runs * fw::RUN);
         },
         c);
 }
 
-extern "C" __attribute__((visibility("default"))) void fastweights_convolve_backward(fw::Convolution* c) {
-    int64_t runs = (c->T + fw::RUN - 1) / fw::RUN;
-    fw::parallel(
-        c->B * runs, c->threads,
-        [](void* context, int64_t i) {
-            const fw::Convolution& c = *static_cast<fw::Convolution*>(context);
-            int64_t runs = (c.T + fw::RUN - 1) / fw::RUN;
-            fw::convolve_run_backward(c, i / runs, i % runs * fw::RUN, c.sums + i * (c.width + 1) * c.channels);
-        },
-        c);
-}
+struct RunForward {
+    void operator()(const fw::Convolution& c, int64_t, int64_t b, int64_t first) { fw::convolve_run(c, b, first); }
+};
+struct RunBackward {
+    void operator()(const fw::Convolution& c, int64_t i, int64_t b, int64_t first) {
+        fw::convolve_run_backward(c, b, first, c.sums + i * (c.width + 1) * c.channels);
+    }
+};
+
+extern "C" __attribute__((visibility("default"))) void fastweights_convolve(fw::Convolution* c) { each_run(c, RunForward()); }
+
+extern "C" __attribute__((visibility("default"))) void fastweights_convolve_backward(fw::Convolution* c) { each_run(c, RunBackward()); }
 
 extern "C" __attribute__((visibility("default"))) int64_t fastweights_convolution_run() { return fw::RUN; }

@@ -79,7 +79,8 @@ extern "C" __attribute__((visibility("default"))) void fastweights_sizes(fw::Pro
 
 // Multiply-adds on registers alone, for benchmarks: 2 * 16 * L * rounds operations, about as fast as the processor can.
 extern "C" __attribute__((visibility("default"))) float fastweights_multiply_add(int64_t rounds) {
-    fw::vec acc[16] = {}, a = fw::broadcast(0.999f), b = fw::broadcast(0.001f);
+    fw::vec acc[16], a = fw::broadcast(0.999f), b = fw::broadcast(0.001f);
+    for (int j = 0; j < 16; j++) acc[j] = fw::broadcast(static_cast<float>(j));
     for (int64_t i = 0; i < rounds; i++)
 #pragma GCC unroll 16
         for (int j = 0; j < 16; j++) acc[j] = acc[j] * a + b;

@@ -176,12 +176,12 @@ def figure(rows: list[dict], path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for ax, backward in zip(axes, (False, True), strict=True):
         names = list(CLASSES)
-        for i, shape in enumerate(SHAPES):
+        for i, shape in enumerate(s for s in SHAPES if any(r["shape"] == s for r in rows)):
             found = {r["class"]: r["share"] for r in rows if r["shape"] == shape and r["backward"] is backward}
             ax.barh([n + 0.27 * (i - 1) for n in range(len(names))], [100 * found.get(c, 0) for c in names], 0.25, label=f"shape {shape}")
         ax.set(title="forward and backward" if backward else "forward", xlabel="share of the multiply-add peak (%)", xlim=(0, 100))
         ax.set_yticks(range(len(names)), names)
-        ax.invert_yaxis()
+    axes[0].invert_yaxis()
     axes[1].legend(frameon=False)
     figure.savefig(path)
 

@@ -114,6 +114,9 @@ class _Printer:
         """Numbers stand in front; a vector beside a matrix is a diagonal matrix."""
         if rank(a) == rank(b) == 1:
             return f"{self.at(a, _PRODUCT)}{self.style.odot}{self.at(b, _PRODUCT)}", _PRODUCT
+        for column, row in ((a, b), (b, a)):
+            if added_axis(column) == 1 and (rank(row) == 1 or added_axis(row) == 0):
+                return self._outer(column, row)
         if 2 in (rank(a), rank(b)):
             matrix, other = (a, b) if rank(a) == 2 and added_axis(a) is None else (b, a)
             diagonal = self.style.diag.format(self.show(other)[0])

@@ -256,3 +256,15 @@ def test_a_read_out_of_two_reads():
 
     assert fw.check(two).passed
     assert [read.version for read in two.program.reads] == [0, 1]
+
+
+def test_a_column_times_a_row_is_shown_as_an_outer_product():
+    @fw.rule
+    def by_axes(W, k: Key, v: Value):
+        return W + v[:, None] * k
+
+    @fw.rule
+    def by_unsqueeze(W, k: Key, v: Value):
+        return W + v.unsqueeze(1) * k.unsqueeze(0)
+
+    assert by_axes.equation() == by_unsqueeze.equation() == R.hebb.equation()

@@ -43,6 +43,12 @@ INLINE ivec first_lanes(int n) { return lane_numbers(std::make_integer_sequence<
 
 // ---- numbers of 32 and 16 bits -------------------------------------------------------------------------------------
 
+#if defined(__aarch64__)
+typedef __fp16 float16;
+#else
+typedef _Float16 float16;
+#endif
+
 enum Type : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 
 INLINE vec load16(const uint16_t* p, Type type) {
@@ -50,7 +56,7 @@ INLINE vec load16(const uint16_t* p, Type type) {
         typedef uint16_t half __attribute__((vector_size(2 * L), aligned(2), may_alias));
         return (vec)(__builtin_convertvector(*reinterpret_cast<const half*>(p), uvec) << 16);
     }
-    typedef _Float16 half __attribute__((vector_size(2 * L), aligned(2), may_alias));
+    typedef float16 half __attribute__((vector_size(2 * L), aligned(2), may_alias));
     return __builtin_convertvector(*reinterpret_cast<const half*>(p), vec);
 }
 
@@ -67,14 +73,14 @@ INLINE void store16(uint16_t* p, vec x, Type type) {
         *reinterpret_cast<half*>(p) = __builtin_convertvector((rounded & (uvec)is_number) | (nan & ~(uvec)is_number), half);
 #endif
     } else {
-        typedef _Float16 half16 __attribute__((vector_size(2 * L), aligned(2), may_alias));
+        typedef float16 half16 __attribute__((vector_size(2 * L), aligned(2), may_alias));
         *reinterpret_cast<half16*>(p) = __builtin_convertvector(x, half16);
     }
 }
 
 INLINE float load_one(const void* p, int64_t i, Type type) {
     if (type == F32) return static_cast<const float*>(p)[i];
-    if (type == F16) return static_cast<float>(static_cast<const _Float16*>(p)[i]);
+    if (type == F16) return static_cast<float>(static_cast<const float16*>(p)[i]);
     uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(p)[i]) << 16;
     float x;
     std::memcpy(&x, &bits, 4);
@@ -85,7 +91,7 @@ INLINE void store_one(void* p, int64_t i, float x, Type type) {
     if (type == F32) {
         static_cast<float*>(p)[i] = x;
     } else if (type == F16) {
-        static_cast<_Float16*>(p)[i] = static_cast<_Float16>(x);
+        static_cast<float16*>(p)[i] = static_cast<float16>(x);
     } else {
         uint32_t bits;
         std::memcpy(&bits, &x, 4);

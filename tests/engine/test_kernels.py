@@ -20,8 +20,8 @@ from fastweights.engine.kernels import library
 
 pytestmark = pytest.mark.skipif(library().lib is None, reason=f"no kernels: {library().why}")
 EPS = torch.finfo(torch.float32).eps
-# How far a gradient may be from float64: twice the recurrence's own rounding, and the rounding of a dozen more operations: the
-# chunk takes up to 16 products of decays and a sum over 16 tokens where the recurrence takes one step.
+# Allowed beside twice the recurrence's own rounding; four times as much for gradients. These are not derived: they were set above
+# what was measured (up to 1e-6 for the gradient of a decay per head, 3 to 4 times the recurrence), and may only come down.
 MORE = 12 * EPS
 
 

@@ -87,7 +87,13 @@ def scan(
         options = (form, backend, chunk_size, reset is not None, tuple(signals))
         y, *new = _scan_in_graph(rule.number, options, [*states, *(() if reset is None else (reset,)), *signals.values()])
         return Output(y, tuple(new) if len(new) > 1 else new[0])
-    if form == "auto" and backend != "torch" and chunk_size is None and reset is None and (state is None or isinstance(state, Tensor)):
+    if (
+        form == "auto"
+        and backend in ("auto", "cpu")
+        and chunk_size is None
+        and reset is None
+        and (state is None or isinstance(state, Tensor))
+    ):
         call = prepared(rule, state, signals, time=True)
         if call is not None:
             return Output(*call(state, None, signals))

@@ -32,7 +32,7 @@ def step(
             rule, state=W, reset=None, form=form, backend=backend, chunk_size=None, **{n: x.unsqueeze(1) for n, x in signals.items()}
         )
         return Output(y.squeeze(1), state)
-    if form == "auto" and backend != "torch" and isinstance(W, Tensor):
+    if form == "auto" and backend in ("auto", "cpu") and isinstance(W, Tensor):
         call = prepared(rule, W, signals, time=False)
         if call is not None and (out is None or call.takes(out)):
             return Output(*call(W, out, signals))

@@ -415,3 +415,14 @@ def test_short_convolution(B, T, C, width):
     assert all((a - b).norm() <= 1e-6 * (b.norm() + 1) for a, b in zip(*results, strict=True))
     across = x.mT.contiguous().mT
     assert torch.equal(short_convolution(across, w, before, after), short_convolution(x, w, before, after))
+
+
+def test_a_prepared_call_still_refuses_an_unknown_backend():
+    low = single(example(R.delta, 1, 5, 1, 4, 4))
+    one, W = {n: x[:, 0] for n, x in low.items()}, torch.zeros(1, 1, 4, 4)
+    for _ in range(2):  # the second time the call is known
+        for call in (lambda: fw.scan(R.delta, **low, backend="nope"), lambda: fw.step(R.delta, W, **one, backend="nope")):
+            with pytest.raises(fw.SignalError, match="unknown backend 'nope'"):
+                call()
+        fw.scan(R.delta, **low)
+        fw.step(R.delta, W, **one)

@@ -19,13 +19,17 @@ _known = threading.local()  # the structures of a call are not for two threads a
 
 def prepared(rule: Any, W: Tensor | None, signals: dict[str, Any], time: bool) -> Call | None:
     """The call for what was given; None where it must be looked at anew every time, or the kernels do not serve it."""
-    given = list(signals.values()) if W is None else [W, *signals.values()]
-    if not may_look() or not all(isinstance(x, Tensor) and x.is_cpu for x in given):
+    given = signals.values() if W is None else (W, *signals.values())
+    try:
+        key = (id(rule), time, W is None, *signals, *[(x.shape, x.stride(), x.dtype, x.is_cpu) for x in given])
+    except (AttributeError, TypeError):  # not a tensor: the check will say so
         return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    if not may_look() or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return None
-    key = (id(rule), time, W is None, *signals, *((x.shape, x.stride(), x.dtype) for x in given))
-    calls: dict[Any, tuple[Any, Call | None]] = _known.__dict__.setdefault("calls", {})
+    try:
+        calls = _known.calls
+    except AttributeError:
+        calls = _known.calls = {}
     if key not in calls:
         if len(calls) >= _MOST_SIGNATURES:
             calls.clear()
@@ -52,11 +56,11 @@ class Call:
     """A prepared call: its C structures, in which only addresses change from call to call."""
 
     def __init__(self, given: Inputs, found: cpu.Operands, names: list[str], from_zero: bool, time: bool) -> None:
-        self.dtype, self.rule, W = given.out, given.rule, given.states[0]
+        self.rule, W = given.rule, given.states[0]
         tensors = [given.signals[n] for n in names]
         shape = cpu.Shape(tensors, W, list(found.spec))
         like = torch.empty(given.B, given.T, given.H, shape.width, dtype=given.out)
-        self.y_shape = like.shape if time else (given.B, given.H, shape.width)
+        self.y_like = like if time else like.squeeze(1)
         self.problem = p = shape.problem(tensors, W, None, list(found.scales), [cpu.tensor(like)])
         self.W_like = torch.empty_like(W)
         p.first, p.last = NOTHING if from_zero else p.first, cpu.state(self.W_like)
@@ -84,7 +88,7 @@ class Call:
             address = signals[name].data_ptr()
             for place in places:
                 place.data = address
-        y = large(torch.empty(self.y_shape, dtype=self.dtype))
+        y = large(torch.empty_like(self.y_like))
         new = torch.empty_like(self.W_like) if out is None else out
         if W is not None:
             self.first.data = W.data_ptr()

@@ -85,8 +85,8 @@ struct Backward {
             chunk.load_keys(b, h, first[chunks], count, false);
             load_values(b * p.H + h);
             std::memcpy(slot, start[chunks], sizeof(float) * at.state());
-            write_rows(at, slot, chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, chunk.steps);
-            if (ERASE == FREE) write_rows(at, slot, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, chunk.steps);
+            write_rows(chunk.next, at, slot, chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, chunk.steps);
+            if (ERASE == FREE) write_rows(chunk.next, at, slot, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, chunk.steps);
             slot += at.state();
         }
         first[chunks] = end;
@@ -118,9 +118,9 @@ struct Backward {
         for (int s = 0; s < SETS; s++) transpose(values_turned + s * C, EVENTS, chunk.values + s * C * at.Vp, at.Vp, C, at.Vp);
         transpose(given_turned, readers, given + from * at.Vp, at.Vp, readers, at.Vp);
         weights(from);
-        read_back(at, turned, S, given_turned, readers);
+        read_back(chunk.next, at, turned, S, given_turned, readers);
         transpose(dreaders + from * at.Kp, at.Kp, turned, readers, at.Kp, readers);
-        read_back(at, turned, dS, values_turned, EVENTS);
+        read_back(chunk.next, at, turned, dS, values_turned, EVENTS);
         transpose(dkeys, at.Kp, turned, EVENTS, at.Kp, EVENTS);
         if (DECAY != NO_DECAY) through_the_chunk(S);
         advance();
@@ -136,11 +136,11 @@ struct Backward {
 
     void gradient_of_values() {
         float* first = gradient_of_first();
-        read_rows(at, first, chunk.ends, dS, chunk.steps);
+        read_rows(chunk.next, at, first, chunk.ends, dS, chunk.steps);
         if (p.n == 1 && p.reads == 1 && p.read[0].version == 1 && chunk.steps == C) solve_usual(first);
         else solve(first, 0, ERASE != NO_ERASE);
         if (ERASE != FREE) return;
-        read_rows(at, dvalues + C * at.Vp, chunk.ends + C * at.Kp, dS, chunk.steps);
+        read_rows(chunk.next, at, dvalues + C * at.Vp, chunk.ends + C * at.Kp, dS, chunk.steps);
         solve(dvalues + C * at.Vp, C, true);
     }
 
@@ -285,18 +285,12 @@ struct Backward {
         return sum_exactly(inner);
     }
 
-    INLINE static double sum_exactly(vec x) {
-        double out = 0;
-        for (int i = 0; i < L; i++) out += x[i];
-        return out;
-    }
-
     // dS at the start of the chunk
     void advance() {
-        if (ERASE != NO_ERASE) write_rows(at, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled, given, chunk.steps);
+        if (ERASE != NO_ERASE) write_rows(chunk.next, at, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled, given, chunk.steps);
         const float* scale = ERASE != NO_ERASE ? chunk.ones : chunk.total();
         const int stride = ERASE != NO_ERASE ? 0 : Part::TOTAL_STRIDE;
-        write_rows(at, dS, scale, stride, chunk.scaled + C * at.Kp, given + C * at.Vp, chunk.reads);
+        write_rows(chunk.next, at, dS, scale, stride, chunk.scaled + C * at.Kp, given + C * at.Vp, chunk.reads);
     }
 
     // Between the events and readers of the chunk, where decays are numbers and part of the weights.
@@ -395,16 +389,10 @@ struct Backward {
         store_one(t.data, of, static_cast<float>((adds(t) ? load_one(t.data, of, type) : 0.0f) + x), type);
     }
 
-    INLINE static double dot(const float* a, const float* b, int width) {
-        vec x = {};
-        for (int i = 0; i < width; i += L) x += load(a + i) * load(b + i);
-        return sum_exactly(x);
-    }
-
     // The query of a program on rows is in value space: its gradient is read as an output is.
     void gradient_of_backward_queries(const float* S) {
         float* rows = given_turned;
-        read_rows(at, rows, chunk.scaled + C * at.Kp, S, chunk.reads);
+        read_rows(chunk.next, at, rows, chunk.scaled + C * at.Kp, S, chunk.reads);
         for (int r = 0; r < chunk.reads; r++) {
             for (int s = 0; s < SETS; s++)
                 combine(rows + r * at.Vp, chunk.score + (C + r) * EVENTS + s * C, 1, chunk.values + s * C * at.Vp, at.Vp,

@@ -33,23 +33,39 @@ struct Versions {
     }
 };
 
-// Copies a row of a tensor, times a number, padded with zeros; fetches the row `ahead` numbers on, which a later chunk will load.
-SHARED void load_row(float* out, const Tensor& t, int64_t offset, int n, int padded, float scale, int64_t ahead = 0) {
+// Rows that the next chunk will load. They are fetched a few lines at a time between the products of this one: a processor waits
+// for memory where it is asked for more lines at once than it can have under way.
+struct Ahead {
+    static constexpr int MOST = 32 * C, PIECE = 256, LINE = 64;  // pieces; bytes a piece and a line
+    const char* piece[MOST];
+    int count = 0, done = 0;
+
+    INLINE void clear() { count = done = 0; }
+    INLINE void add(const Tensor& t, int64_t offset, int64_t n) {
+        const int64_t size = t.type == F32 ? 4 : 2;
+        for (int64_t at = 0; t.channel == 1 && at < n * size && count < MOST; at += PIECE) piece[count++] = t.data + offset * size + at;
+    }
+    INLINE void fetch() {
+        for (int i = 0; i < 3 && done < count; i++, done++)
+#pragma GCC unroll 4
+            for (int line = 0; line < PIECE; line += LINE) __builtin_prefetch(piece[done] + line);
+    }
+};
+
+// Copies a row of a tensor, times a number, padded with zeros.
+SHARED void load_row(float* out, const Tensor& t, int64_t offset, int n, int padded, float scale) {
     const Type type = static_cast<Type>(t.type);
     int i = 0;
-    if (t.channel == 1) {
+    if (t.channel == 0 && n > 0) {  // one number for all
+        const vec same = broadcast(load_one(t.data, offset, type) * scale);
+        for (; i + L <= n; i += L) store(out + i, same);
+    } else if (t.channel == 1) {
         if (type == F32) {
             const float* from = reinterpret_cast<const float*>(t.data) + offset;
-            for (; i + L <= n; i += L) {
-                __builtin_prefetch(from + ahead + i);
-                store(out + i, load(from + i) * scale);
-            }
+            for (; i + L <= n; i += L) store(out + i, load(from + i) * scale);
         } else {
             const uint16_t* from = reinterpret_cast<const uint16_t*>(t.data) + offset;
-            for (; i + L <= n; i += L) {
-                __builtin_prefetch(from + ahead + i);
-                store(out + i, load16(from + i, type) * scale);
-            }
+            for (; i + L <= n; i += L) store(out + i, load16(from + i, type) * scale);
         }
     }
     for (; i < n; i++) out[i] = load_one(t.data, offset + i * t.channel, type) * scale;
@@ -80,6 +96,7 @@ struct Chunk {
     const Layout& at;
     const Read* gradient = nullptr;  // in the backward pass: what was read by a program on rows is read at its gradient
     Versions versions;
+    Ahead next;
     int64_t b = 0, h = 0, token = 0, ahead = 0;  // `ahead`: tokens from this chunk to the next
     int steps = 0, reads = 0;
     float *readers, *scaled;    // [2C][Kp]: x and q; the same times D(start -> version) and their coefficients
@@ -112,14 +129,16 @@ struct Chunk {
         return t ? static_cast<float>(scale) * load_one(t.data, offset(t, i, p.n), static_cast<Type>(t.type)) : static_cast<float>(scale);
     }
 
-    void vector(float* out, const Tensor& t, int i, int64_t per, int n, int padded, float scale) const {
-        if (t) load_row(out, t, offset(t, i, per), n, padded, scale, ahead * t.time);
-        else std::memset(out, 0, sizeof(float) * padded);
+    void vector(float* out, const Tensor& t, int i, int64_t per, int n, int padded, float scale) {
+        if (!t) return static_cast<void>(std::memset(out, 0, sizeof(float) * padded));
+        load_row(out, t, offset(t, i, per), n, padded, scale);
+        next.add(t, offset(t, i, per) + ahead * t.time, n);
     }
 
     // Everything of `count` tokens but their values.
     void load_keys(int64_t batch, int64_t head, int64_t first, int count, bool with_readers) {
         ahead = first >= token ? C / (p.n > p.reads ? p.n : p.reads) : -C / (p.n > p.reads ? p.n : p.reads);
+        next.clear();
         b = batch, h = head, token = first, steps = count * p.n, reads = count * p.reads;
         versions.set(p, steps, reads);
         for (int i = 0; i < steps; i++) {
@@ -285,9 +304,10 @@ struct Chunk {
 // ---- products with S, in panels ------------------------------------------------------------------------------------
 
 // out[r] = rows[r] . S for `count` rows (out and rows have room for whole tiles)
-SHARED void read_rows(const Layout& at, float* out, const float* rows, const float* S, int count) {
+SHARED void read_rows(Ahead& next, const Layout& at, float* out, const float* rows, const float* S, int count) {
     for (int n = 0; n < at.panels; n++)
         for (int r = 0; r < count; r += MR) {
+            next.fetch();
             float* to = out + r * at.Vp + n * at.panel;
             const float *a = rows + r * at.Kp, *s = S + n * at.Kp * at.panel;
             if (at.panel == L) tile<MR, 1, ZERO>(to, at.Vp, a, at.Kp, 1, s, L, at.K, nullptr, 0);
@@ -296,9 +316,10 @@ SHARED void read_rows(const Layout& at, float* out, const float* rows, const flo
 }
 
 // S = diag(scale) S + keys^T values
-SHARED void write_rows(const Layout& at, float* S, const float* scale, int scale_stride, const float* keys, const float* values, int count) {
+SHARED void write_rows(Ahead& next, const Layout& at, float* S, const float* scale, int scale_stride, const float* keys, const float* values, int count) {
     for (int n = 0; n < at.panels; n++)
         for (int k = 0; k < at.Kp; k += MR) {
+            next.fetch();
             float* to = S + n * at.Kp * at.panel + k * at.panel;
             const float *s = scale + k * scale_stride, *v = values + n * at.panel;
             if (at.panel == L) tile<MR, 1, SCALED>(to, L, keys + k, 1, at.Kp, v, at.Vp, count, s, scale_stride);
@@ -307,9 +328,10 @@ SHARED void write_rows(const Layout& at, float* S, const float* scale, int scale
 }
 
 // out (Kp x width) = S values^T, the values transposed: (Vp x width); width is a multiple of C
-SHARED void read_back(const Layout& at, float* out, const float* S, const float* turned, int width) {
+SHARED void read_back(Ahead& next, const Layout& at, float* out, const float* S, const float* turned, int width) {
     for (int k = 0; k < at.Kp; k += MR)
         for (int c = 0; c < width; c += C == L ? L : 2 * L) {
+            next.fetch();
             float* to = out + k * width + c;
             const float *a = S + k * at.panel, *b = turned + c;
             int64_t next = static_cast<int64_t>(at.Kp) * at.panel;

@@ -53,15 +53,15 @@ struct Forward {
     void run(int64_t row) {
         const int steps = chunk.steps;
         if (ERASE != NO_ERASE || !p.backward_reads) chunk.scores();
-        if (ERASE != NO_ERASE) read_rows(at, out, chunk.scaled, S, steps);
-        if (!p.backward_reads) read_rows(at, out + C * at.Vp, chunk.scaled + C * at.Kp, S, chunk.reads);
+        if (ERASE != NO_ERASE) read_rows(chunk.next, at, out, chunk.scaled, S, steps);
+        if (!p.backward_reads) read_rows(chunk.next, at, out + C * at.Vp, chunk.scaled + C * at.Kp, S, chunk.reads);
         write_values();
         if (p.values && ERASE != NO_ERASE)
             std::memcpy(p.values + (row * p.T + chunk.token) * p.n * at.Vp, chunk.values, sizeof(float) * steps * at.Vp);
         if (p.backward_reads) read_back_queries();
         else read_queries();
-        write_rows(at, S, chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, steps);
-        if (ERASE == FREE) write_rows(at, S, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, steps);
+        write_rows(chunk.next, at, S, chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, steps);
+        if (ERASE == FREE) write_rows(chunk.next, at, S, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, steps);
     }
 
     void load_values() {
@@ -129,7 +129,7 @@ struct Forward {
             load_row(q + r * at.Vp, t, chunk.offset(t, r, p.reads), at.V, at.Vp, 1);
         }
         transpose(turned, C, q, at.Vp, C, at.Vp);
-        read_back(at, back, S, turned, C);
+        read_back(chunk.next, at, back, S, turned, C);
         float* rows = chunk.scaled + C * at.Kp;
         transpose(rows, at.Kp, back, C, at.Kp, C);
         float* weight = chunk.score + C * Part::EVENTS;

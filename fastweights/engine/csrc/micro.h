@@ -208,6 +208,18 @@ SHARED void combine(float* out, const float* weights, int stride, const float* r
     for (; at < width; at += L) combine_block<1>(out + at, weights, stride, rows + at, row_stride, count);
 }
 
+INLINE double sum_exactly(vec x) {
+    double out = 0;
+    for (int i = 0; i < L; i++) out += x[i];
+    return out;
+}
+
+INLINE double dot(const float* a, const float* b, int width) {
+    vec x = {};
+    for (int i = 0; i < width; i += L) x += load(a + i) * load(b + i);
+    return sum_exactly(x);
+}
+
 // The inner products of two rows with L / 2 others: first[j], second[j] = row . others[j].
 INLINE void inner_products(float* first, float* second, const float* row0, const float* row1, const float* others, int stride, int width) {
     vec acc[L] = {};

@@ -24,8 +24,10 @@ struct Step {
     StepMicro micro[C];
     float* q[C];
     float* block;
+    float* decayed_q = nullptr;     // a q, where the one query reads after the one micro-step
+    float y_of_q = 0, w_of_q = 0;   // y . q of a step that erases, w . q of a w of its own
 
-    static int64_t size(const Problem& p) { return (4 * C + C + ROWS) * round_up(p.K, L) + 1024; }
+    static int64_t size(const Problem& p) { return (4 * C + C + 1 + ROWS) * round_up(p.K, L) + 1024; }
 
     Step(const Problem& problem, int64_t i) : p(problem), b(i / p.H), h(i % p.H), Kp(static_cast<int>(round_up(p.K, L))) {
         Scratch memory{scratch(size(p))};
@@ -45,6 +47,15 @@ struct Step {
         }
         for (int r = 0; r < p.reads; r++) q[r] = row(memory, p.read[r].q);
         block = memory.take(ROWS * Kp);
+        if (p.n == 1 && p.reads == 1 && p.read[0].version == 1) prepare_usual(memory);
+    }
+
+    void prepare_usual(Scratch& memory) {
+        const StepMicro& m = micro[0];
+        decayed_q = memory.take(Kp);
+        if (p.erase != NO_ERASE && m.y) y_of_q = dot(m.y, q[0], Kp);
+        if (p.erase != TIED && m.w) w_of_q = dot(m.w, q[0], Kp);
+        for (int k = 0; k < Kp; k += L) store(decayed_q + k, m.a ? load(q[0] + k) * load(m.a + k) : load(q[0] + k));
     }
 
     float* row(Scratch& memory, const Tensor& t) const {
@@ -86,26 +97,42 @@ struct Step {
         }
     }
 
-    // to_i = decay from_i + first_i y + second_i w
-    template <bool DECAY, bool Y, bool W>
-    INLINE void write(float* to, int64_t to_stride, const float* from, int64_t stride, const StepMicro& m, vec first, vec second) const {
-        float f[ROWS], s[ROWS];
-        store(f, first), store(s, second);
+    // to_i = decay from_i + first_i y + second_i w, for as many keys at a time as registers hold
+    template <bool DECAY, bool Y, bool W, int N>
+    INLINE void write_keys(float* to, int64_t to_stride, const float* from, int64_t stride, const StepMicro& m, const float* first,
+                           const float* second, int k) const {
+        vec a[N], y[N], w[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            if (DECAY) a[n] = load(m.a + k + n * L);
+            if (Y) y[n] = load(m.y + k + n * L);
+            if (W) w[n] = load(m.w + k + n * L);
+        }
         for (int i = 0; i < ROWS; i++)
-            for (int k = 0; k < Kp; k += L) {
-                vec x = load(from + i * stride + k);
-                if (DECAY) x *= load(m.a + k);
-                if (Y) x += f[i] * load(m.y + k);
-                if (W) x += s[i] * load(m.w + k);
-                store(to + i * to_stride + k, x);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) {
+                __builtin_prefetch(from + (ROWS + i) * stride + k + n * L, 0, 0);  // of the next block
+                vec x = load(from + i * stride + k + n * L);
+                if (DECAY) x *= a[n];
+                if (Y) x += first[i] * y[n];
+                if (W) x += second[i] * w[n];
+                store(to + i * to_stride + k + n * L, x);
             }
     }
 
-    INLINE void advance(float* to, int64_t to_stride, const float* from, int64_t stride, int i, int v, int rows) const {
+    template <bool DECAY, bool Y, bool W>
+    INLINE void write(float* to, int64_t to_stride, const float* from, int64_t stride, const StepMicro& m, vec first, vec second) const {
+        constexpr int N = L == 16 ? 8 : 4;
+        float f[ROWS], s[ROWS];
+        store(f, first), store(s, second);
+        int k = 0;
+        for (; k + N * L <= Kp; k += N * L) write_keys<DECAY, Y, W, N>(to, to_stride, from, stride, m, f, s, k);
+        for (; k < Kp; k += L) write_keys<DECAY, Y, W, 1>(to, to_stride, from, stride, m, f, s, k);
+    }
+
+    // One micro-step, given w . x
+    INLINE void advance(float* to, int64_t to_stride, const float* from, int64_t stride, int i, vec val, vec u) const {
         const StepMicro& m = micro[i];
-        vec u = values(p.micro[i].u, v, rows, m.cu), val = {};
-        if (p.erase != NO_ERASE && m.x) val = inner(from, stride, m.x) * m.cx;
-        if (p.erase == TIED) val += u;
         const bool y = p.erase != NO_ERASE && m.y, w = p.erase != TIED && m.w;
         auto go = [&](auto has_y, auto has_w) {
             if (m.a) write<true, has_y.value, has_w.value>(to, to_stride, from, stride, m, val, u);
@@ -117,11 +144,31 @@ struct Step {
         else go(std::false_type{}, std::false_type{});
     }
 
+    // Where the one query reads after the one micro-step, a second look at the rows is spared:
+    //   w_after . q = w . (a q) + (u + w . x) (y . q)
+    INLINE void usual_rows(float* to, int64_t to_stride, const float* from, int64_t stride, int v, int count) const {
+        float seen[ROWS], out[ROWS];
+        const float* x = micro[0].x ? micro[0].x : decayed_q;
+        for (int i = 0; i < ROWS; i += L / 2)
+            inner_products(seen + i, out + i, x, decayed_q, from + i * stride, static_cast<int>(stride), Kp);
+        vec u = values(p.micro[0].u, v, count, micro[0].cu), val = {};
+        if (p.erase != NO_ERASE && micro[0].x) val = load(seen) * micro[0].cx;
+        if (p.erase == TIED) val += u;
+        store(out, load(out) + val * y_of_q + u * w_of_q);
+        const Tensor& t = p.read[0].out;
+        store_row(t, t.offset(b, 0, h, p.H) + v * t.channel, out, count, 1, false);
+        advance(to, to_stride, from, stride, 0, val, u);
+    }
+
     // All micro-steps and reads of a block of rows, from where they are to where the new ones belong.
     INLINE void rows(float* to, int64_t to_stride, const float* from, int64_t stride, int v, int count) const {
+        if (decayed_q) return usual_rows(to, to_stride, from, stride, v, count);
         for (int i = 0; i < p.n; i++) {
             read(i, from, stride, v, count);
-            advance(to, to_stride, from, stride, i, v, count);
+            vec u = values(p.micro[i].u, v, count, micro[i].cu), val = {};
+            if (p.erase != NO_ERASE && micro[i].x) val = inner(from, stride, micro[i].x) * micro[i].cx;
+            if (p.erase == TIED) val += u;
+            advance(to, to_stride, from, stride, i, val, u);
             from = to, stride = to_stride;
         }
         read(static_cast<int>(p.n), from, stride, v, count);

@@ -38,15 +38,19 @@ struct Versions {
 struct Ahead {
     static constexpr int MOST = 32 * C, PIECE = 256, LINE = 64;  // pieces; bytes a piece and a line
     const char* piece[MOST];
-    int count = 0, done = 0;
+    int count = 0, done = 0, calls = 0, each = 2;  // as many each time as spread the last chunk's evenly
 
-    INLINE void clear() { count = done = 0; }
+    INLINE void clear() {
+        if (calls) each = (count + calls - 1) / calls;
+        count = done = calls = 0;
+    }
     INLINE void add(const Tensor& t, int64_t offset, int64_t n) {
         const int64_t size = t.type == F32 ? 4 : 2;
         for (int64_t at = 0; t.channel == 1 && at < n * size && count < MOST; at += PIECE) piece[count++] = t.data + offset * size + at;
     }
     INLINE void fetch() {
-        for (int i = 0; i < 3 && done < count; i++, done++)
+        calls++;
+        for (int i = 0; i < each && done < count; i++, done++)
 #pragma GCC unroll 4
             for (int line = 0; line < PIECE; line += LINE) __builtin_prefetch(piece[done] + line);
     }
@@ -101,7 +105,7 @@ struct Chunk {
     int steps = 0, reads = 0;
     float *readers, *scaled;    // [2C][Kp]: x and q; the same times D(start -> version) and their coefficients
     float *keys, *ends;         // [EVENTS][Kp]: the same times D(e -> end)
-    float *running;             // [EVENTS][Kp] keys as they decay
+    float *running;             // [Kp][C] keys as they decay, a column each
     float *values;              // [EVENTS][Vp]
     float *score;               // [2C][EVENTS], zero where the reader does not see the event
     float *decay, *left;        // [C][Kp] a_i of micro-step i; [C + 1][Kp] a_0 ... a_{i-1} (one number a row if per head)
@@ -109,11 +113,11 @@ struct Chunk {
     float cx[C], cu[C];
     const float ones[1] = {1.0f};
 
-    static int64_t size(const Layout& at) { return (4 * C + 3 * EVENTS + 2 * C + 1) * at.Kp + EVENTS * at.Vp + 2 * C * EVENTS + 256; }
+    static int64_t size(const Layout& at) { return (4 * C + 2 * EVENTS + 3 * C + 1) * at.Kp + EVENTS * at.Vp + 2 * C * EVENTS + 256; }
 
     Chunk(const Problem& problem, const Layout& layout, Scratch& memory) : p(problem), at(layout) {
         readers = memory.take(2 * C * at.Kp), scaled = memory.take(2 * C * at.Kp);
-        keys = memory.take(EVENTS * at.Kp), ends = memory.take(EVENTS * at.Kp), running = memory.take(EVENTS * at.Kp);
+        keys = memory.take(EVENTS * at.Kp), ends = memory.take(EVENTS * at.Kp), running = memory.take(C * at.Kp);
         values = memory.take(EVENTS * at.Vp), score = memory.take(2 * C * EVENTS);
         decay = memory.take(C * at.Kp), left = memory.take((C + 1) * at.Kp);
     }
@@ -245,18 +249,44 @@ struct Chunk {
     // score of all readers and events
     void scores() {
         if (DECAY != PER_KEY) return scores_at_once();
-        for (int v = 0; v <= steps; v++) {
-            products(v, readers, running, at.Kp, score);
-            for (int n = versions.start[v]; n < versions.start[v + 1]; n++) scale_scores(versions.reader[n], v);
-            if (v == steps) break;
-            for (int s = 0; s < SETS; s++) {
-                float* rows = running + s * C * at.Kp;
-                for (int k = 0; k < at.Kp; k += L) {
-                    vec a = load(decay + v * at.Kp + k);
-                    for (int e = 0; e < v; e++) store(rows + e * at.Kp + k, load(rows + e * at.Kp + k) * a);
-                    store(rows + v * at.Kp + k, load(keys + (s * C + v) * at.Kp + k));
+        for (int s = 0; s < SETS; s++) {
+            transpose(running, C, keys + s * C * at.Kp, at.Kp, C, at.Kp);
+            for (int v = 0; v <= steps; v++) {
+                const int *now = versions.reader + versions.start[v], n = versions.start[v + 1] - versions.start[v];
+                float* out = score + s * C;
+                if (v > 1) {
+                    if (n == 0) see<0, true>(v, now, out);
+                    else if (n == 1) see<1, true>(v, now, out);
+                    else see<2, true>(v, now, out);
+                }
+                for (int i = v > 1 ? 2 : 0; i < n; i += 2) {
+                    if (i + 1 == n) see<1, false>(v, now + i, out);
+                    else see<2, false>(v, now + i, out);
                 }
             }
+        }
+        for (int v = 0; v <= steps; v++)
+            for (int n = versions.start[v]; n < versions.start[v + 1]; n++) scale_scores(versions.reader[n], v);
+    }
+
+    // What M readers of version v see of every event; the events, a column each, first decay to that version from the one before.
+    template <int M, bool ADVANCE>
+    INLINE void see(int v, const int* reader, float* out) {
+        constexpr int AT_ONCE = 4;  // sums that do not wait for each other
+        const float *a = decay + (v - 1) * at.Kp, *x[2] = {readers + (M > 0 ? reader[0] : 0) * at.Kp, readers + (M > 1 ? reader[1] : 0) * at.Kp};
+        for (int e = 0; e < C; e += L) {
+            const ivec older = first_lanes(v - 1 - e);
+            vec sum[2][AT_ONCE] = {};
+            for (int k = 0; k < at.Kp; k += AT_ONCE)
+#pragma GCC unroll 4
+                for (int j = 0; j < AT_ONCE; j++) {
+                    float* row = running + (k + j) * C + e;
+                    vec events = load(row);
+                    if (ADVANCE) store(row, events = older ? events * a[k + j] : events);
+#pragma GCC unroll 2
+                    for (int m = 0; m < M; m++) sum[m][j] += events * x[m][k + j];
+                }
+            for (int m = 0; m < M; m++) store(out + reader[m] * EVENTS + e, (sum[m][0] + sum[m][1]) + (sum[m][2] + sum[m][3]));
         }
     }
 

@@ -84,9 +84,8 @@ struct Backward {
             if (token == end || starts_anew(p, b, token)) continue;
             chunk.load_keys(b, h, first[chunks], count, false);
             load_values(b * p.H + h);
-            std::memcpy(slot, start[chunks], sizeof(float) * at.state());
-            write_rows(chunk.next, at, slot, chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, chunk.steps);
-            if (ERASE == FREE) write_rows(chunk.next, at, slot, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, chunk.steps);
+            write_rows(chunk.next, at, slot, start[chunks], chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, chunk.steps);
+            if (ERASE == FREE) write_rows(chunk.next, at, slot, slot, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, chunk.steps);
             slot += at.state();
         }
         first[chunks] = end;
@@ -99,8 +98,11 @@ struct Backward {
     }
 
     void load_values(int64_t of_head) {
-        if (ERASE != NO_ERASE)
-            std::memcpy(chunk.values, p.values + (of_head * p.T + chunk.token) * p.n * at.Vp, sizeof(float) * chunk.steps * at.Vp);
+        if (ERASE != NO_ERASE) {
+            const float* values = p.values + (of_head * p.T + chunk.token) * p.n * at.Vp;
+            std::memcpy(chunk.values, values, sizeof(float) * chunk.steps * at.Vp);
+            chunk.next.add(values + chunk.ahead * p.n * at.Vp, 4 * chunk.steps * at.Vp);
+        }
         if (ERASE != TIED)
             for (int i = 0; i < chunk.steps; i++) {
                 const Micro& m = chunk.micro(i);
@@ -182,7 +184,7 @@ struct Backward {
     void weights(int from) {
         for (int r = from; r < 2 * C; r += 8)
             for (int e = 0; e < EVENTS && r % C < (r < C ? chunk.steps : chunk.reads); e += L)
-                tile<8, 1, ZERO>(weight + r * EVENTS + e, EVENTS, given + r * at.Vp, at.Vp, 1, values_turned + e, EVENTS, at.Vp, nullptr, 0);
+                tile<8, 1, ZERO>(weight + r * EVENTS + e, EVENTS, given + r * at.Vp, at.Vp, 1, values_turned + e, EVENTS, at.Vp, nullptr, nullptr, 0);
         each_reader([&](int r, int seen) {
             for (int e = 0; e < EVENTS; e += L) {
                 float* w = weight + r * EVENTS + e;
@@ -287,10 +289,10 @@ struct Backward {
 
     // dS at the start of the chunk
     void advance() {
-        if (ERASE != NO_ERASE) write_rows(chunk.next, at, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled, given, chunk.steps);
+        if (ERASE != NO_ERASE) write_rows(chunk.next, at, dS, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled, given, chunk.steps);
         const float* scale = ERASE != NO_ERASE ? chunk.ones : chunk.total();
         const int stride = ERASE != NO_ERASE ? 0 : Part::TOTAL_STRIDE;
-        write_rows(chunk.next, at, dS, scale, stride, chunk.scaled + C * at.Kp, given + C * at.Vp, chunk.reads);
+        write_rows(chunk.next, at, dS, dS, scale, stride, chunk.scaled + C * at.Kp, given + C * at.Vp, chunk.reads);
     }
 
     // Between the events and readers of the chunk, where decays are numbers and part of the weights.
@@ -439,7 +441,7 @@ struct Backward {
         const float* du = ERASE == TIED ? given + i * at.Vp : dvalues + (ERASE == FREE ? C + i : i) * at.Vp;
         emit(to.u, i, p.n, du, at.V, chunk.coefficient(m.cu, i, m.su));
         if (!to.cu) return;
-        load_row(row, m.u, chunk.offset(m.u, i, p.n), at.V, at.Vp, 1);
+        chunk.vector(row, m.u, i, p.n, at.V, at.Vp, 1);
         emit_number(to.cu, i, dot(row, du, at.Vp) * m.su);
     }
 };

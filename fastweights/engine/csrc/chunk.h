@@ -46,7 +46,10 @@ struct Ahead {
     }
     INLINE void add(const Tensor& t, int64_t offset, int64_t n) {
         const int64_t size = t.type == F32 ? 4 : 2;
-        for (int64_t at = 0; t.channel == 1 && at < n * size && count < MOST; at += PIECE) piece[count++] = t.data + offset * size + at;
+        if (t.channel == 1) add(t.data + offset * size, n * size);
+    }
+    INLINE void add(const void* data, int64_t bytes) {
+        for (int64_t at = 0; at < bytes && count < MOST; at += PIECE) piece[count++] = static_cast<const char*>(data) + at;
     }
     INLINE void fetch() {
         calls++;
@@ -308,7 +311,7 @@ struct Chunk {
             for (int r = ERASE == NO_ERASE ? C : 0; r < 2 * C; r += 8)
                 for (int e = 0; e < C; e += L)
                     if (r % C < (r < C ? steps : reads))
-                        tile<8, 1, ZERO>(score + r * EVENTS + s * C + e, EVENTS, readers + r * at.Kp, at.Kp, 1, running + e, C, at.K, nullptr, 0);
+                        tile<8, 1, ZERO>(score + r * EVENTS + s * C + e, EVENTS, readers + r * at.Kp, at.Kp, 1, running + e, C, at.K, nullptr, nullptr, 0);
         }
         for (int v = 0; v <= steps; v++)
             for (int n = versions.start[v]; n < versions.start[v + 1]; n++) scale_scores(versions.reader[n], v);
@@ -340,20 +343,20 @@ SHARED void read_rows(Ahead& next, const Layout& at, float* out, const float* ro
             next.fetch();
             float* to = out + r * at.Vp + n * at.panel;
             const float *a = rows + r * at.Kp, *s = S + n * at.Kp * at.panel;
-            if (at.panel == L) tile<MR, 1, ZERO>(to, at.Vp, a, at.Kp, 1, s, L, at.K, nullptr, 0);
-            else tile<MR, 2, ZERO>(to, at.Vp, a, at.Kp, 1, s, 2 * L, at.K, nullptr, 0);
+            if (at.panel == L) tile<MR, 1, ZERO>(to, at.Vp, a, at.Kp, 1, s, L, at.K, nullptr, nullptr, 0);
+            else tile<MR, 2, ZERO>(to, at.Vp, a, at.Kp, 1, s, 2 * L, at.K, nullptr, nullptr, 0);
         }
 }
 
-// S = diag(scale) S + keys^T values
-SHARED void write_rows(Ahead& next, const Layout& at, float* S, const float* scale, int scale_stride, const float* keys, const float* values, int count) {
+// S = diag(scale) from + keys^T values
+SHARED void write_rows(Ahead& next, const Layout& at, float* S, const float* from, const float* scale, int scale_stride, const float* keys, const float* values, int count) {
     for (int n = 0; n < at.panels; n++)
         for (int k = 0; k < at.Kp; k += MR) {
             next.fetch();
             float* to = S + n * at.Kp * at.panel + k * at.panel;
-            const float *s = scale + k * scale_stride, *v = values + n * at.panel;
-            if (at.panel == L) tile<MR, 1, SCALED>(to, L, keys + k, 1, at.Kp, v, at.Vp, count, s, scale_stride);
-            else tile<MR, 2, SCALED>(to, 2 * L, keys + k, 1, at.Kp, v, at.Vp, count, s, scale_stride);
+            const float *start = from + (to - S), *s = scale + k * scale_stride, *v = values + n * at.panel;
+            if (at.panel == L) tile<MR, 1, SCALED>(to, L, keys + k, 1, at.Kp, v, at.Vp, count, start, s, scale_stride);
+            else tile<MR, 2, SCALED>(to, 2 * L, keys + k, 1, at.Kp, v, at.Vp, count, start, s, scale_stride);
         }
 }
 
@@ -365,8 +368,8 @@ SHARED void read_back(Ahead& next, const Layout& at, float* out, const float* S,
             float* to = out + k * width + c;
             const float *a = S + k * at.panel, *b = turned + c;
             int64_t next = static_cast<int64_t>(at.Kp) * at.panel;
-            if (C == L) tile<MR, 1, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, 0, at.panels, next);
-            else tile<MR, 2, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, 0, at.panels, next);
+            if (C == L) tile<MR, 1, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, nullptr, 0, at.panels, next);
+            else tile<MR, 2, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, nullptr, 0, at.panels, next);
         }
 }
 

@@ -60,8 +60,8 @@ struct Forward {
             std::memcpy(p.values + (row * p.T + chunk.token) * p.n * at.Vp, chunk.values, sizeof(float) * steps * at.Vp);
         if (p.backward_reads) read_back_queries();
         else read_queries();
-        write_rows(chunk.next, at, S, chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, steps);
-        if (ERASE == FREE) write_rows(chunk.next, at, S, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, steps);
+        write_rows(chunk.next, at, S, S, chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, steps);
+        if (ERASE == FREE) write_rows(chunk.next, at, S, S, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, steps);
     }
 
     void load_values() {

@@ -160,17 +160,17 @@ SHARED void transpose(float* out, int out_stride, const float* in, int in_stride
 
 // ---- the product ---------------------------------------------------------------------------------------------------
 
-enum Start { ZERO, SCALED };  // C starts from nothing, or from itself times a number a row
+enum Start { ZERO, SCALED };  // C starts from nothing, or from `start` (of the same strides) times a number a row
 
 // M rows and N vectors of C, over `panels` runs of `depth`; A moves by `a_panel` and B goes on from run to run.
 template <int M, int N, Start START>
 INLINE void tile(float* c, int c_stride, const float* a, int64_t a_row, int64_t a_depth, const float* b, int b_stride, int depth,
-                 const float* scale, int scale_stride, int panels = 1, int64_t a_panel = 0) {
+                 const float* start, const float* scale, int scale_stride, int panels = 1, int64_t a_panel = 0) {
     vec acc[M][N];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n++) acc[m][n] = START == ZERO ? vec{} : load(c + m * c_stride + n * L) * scale[m * scale_stride];
+        for (int n = 0; n < N; n++) acc[m][n] = START == ZERO ? vec{} : load(start + m * c_stride + n * L) * scale[m * scale_stride];
     for (int p = 0; p < panels; p++, a += a_panel) {
         const float* a_now = a;
         for (int d = 0; d < depth; d++, a_now += a_depth, b += b_stride) {

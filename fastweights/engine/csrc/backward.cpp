@@ -50,7 +50,7 @@ struct Backward {
     }
 
     Backward(const Problem& problem, const Gradient& gradient)
-        : p(problem), grad(gradient), at(p), memory{scratch(size(p))}, chunk(p, at, memory) {
+        : p(problem), grad(gradient), at(p), memory{scratch(size(p))}, chunk(p, at, memory, false) {
         chunk.gradient = grad.read;
         states = memory.take(slots(p) * at.state()), zeros = memory.take(at.state()), dS = memory.take(at.state());
         given = memory.take(2 * C * at.Vp), given_turned = memory.take(2 * C * at.Vp);

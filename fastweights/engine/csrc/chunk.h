@@ -113,17 +113,35 @@ struct Chunk {
     float *score;               // [2C][EVENTS], zero where the reader does not see the event
     float *decay, *left;        // [C][Kp] a_i of micro-step i; [C + 1][Kp] a_0 ... a_{i-1} (one number a row if per head)
     float between[(C + 1) * C]; // D(e -> p) at [p][e], per head
-    float cx[C], cu[C];
+    float cx[C];
+    float by[2 * C];            // D(start -> version) times the coefficient of the reader, where it is a number
+    // Numbers may multiply what readers read and what events write rather than keys and readers: then nothing is scaled here.
+    const bool outside;
+    const bool x_is_key;        // every x is the key itself: then x is not copied where nothing is scaled
     const float ones[1] = {1.0f};
 
     static int64_t size(const Layout& at) { return (4 * C + 2 * EVENTS + 3 * C + 1) * at.Kp + EVENTS * at.Vp + 2 * C * EVENTS + 256; }
 
-    Chunk(const Problem& problem, const Layout& layout, Scratch& memory) : p(problem), at(layout) {
+    Chunk(const Problem& problem, const Layout& layout, Scratch& memory, bool numbers_outside)
+        : p(problem), at(layout), outside(numbers_outside), x_is_key(outside && every_x_is_key(problem)) {
         readers = memory.take(2 * C * at.Kp), scaled = memory.take(2 * C * at.Kp);
         keys = memory.take(EVENTS * at.Kp), ends = memory.take(EVENTS * at.Kp), running = memory.take(C * at.Kp);
         values = memory.take(EVENTS * at.Vp), score = memory.take(2 * C * EVENTS);
         decay = memory.take(C * at.Kp), left = memory.take((C + 1) * at.Kp);
     }
+
+    static bool every_x_is_key(const Problem& p) {
+        for (int i = 0; i < p.n; i++)
+            if (!p.micro[i].x_is_y) return false;
+        return p.erase == TIED;
+    }
+
+    // What reads S: x and q, times what is left of S by then unless that is outside
+    INLINE const float* x_rows() const { return !outside ? scaled : x_is_key ? keys : readers; }
+    INLINE const float* q_rows() const { return (outside ? readers : scaled) + C * at.Kp; }
+    INLINE const float* ends_rows() const { return outside ? keys : ends; }
+    // what is left of event e at the end of the chunk, per head
+    INLINE float to_end(int e) const { return DECAY == PER_HEAD ? between[steps * C + e] : 1.0f; }
 
     INLINE const Micro& micro(int i) const { return p.micro[i % p.n]; }
     INLINE int64_t offset(const Tensor& t, int i, int64_t per) const { return t.offset(b, token + i / per, h, p.H); }
@@ -153,7 +171,7 @@ struct Chunk {
             if (ERASE == FREE) vector(keys + (C + i) * at.Kp, micro(i).w, i, p.n, at.K, at.Kp, 1);
         }
         load_decays();
-        for (int s = 0; s < SETS; s++) decay_to_end(keys + s * C * at.Kp, ends + s * C * at.Kp);
+        for (int s = 0; s < SETS && !outside; s++) decay_to_end(keys + s * C * at.Kp, ends + s * C * at.Kp);
         if (with_readers) load_readers();
     }
 
@@ -184,10 +202,13 @@ struct Chunk {
         }
         for (int i = 0; i < C; i += L) store(decay + i, exponential(load(g + i)));
         left[0] = 1;
-        for (int i = 0; i < steps; i++) {
-            left[i + 1] = left[i] * decay[i];
-            for (int e = 0; e < i; e++) between[(i + 1) * C + e] = between[i * C + e] * decay[i];
-            between[(i + 1) * C + i] = 1;
+        for (int i = 0; i < steps; i++) left[i + 1] = left[i] * decay[i];
+        for (int e = 0; e < C; e += L) {
+            vec row = broadcast(1);
+            for (int i = 0; i < steps; i++) {
+                row = first_lanes(i - e) ? row * decay[i] : broadcast(1);
+                store(between + (i + 1) * C + e, row);
+            }
         }
     }
 
@@ -202,7 +223,7 @@ struct Chunk {
             }
         } else {
             for (int i = 0; i < steps; i++) {
-                float a = DECAY == NO_DECAY ? 1.0f : between[steps * C + i];
+                const float a = to_end(i);
                 for (int k = 0; k < at.Kp; k += L) store(to + i * at.Kp + k, load(from + i * at.Kp + k) * a);
             }
         }
@@ -222,13 +243,13 @@ struct Chunk {
             }
             scale_reader(i, from, cx[i]);
         }
-        if (ERASE != NO_ERASE) clear(scaled, steps);
+        if (ERASE != NO_ERASE && !outside) clear(scaled, steps);
         for (int r = 0; r < reads && (gradient || !p.backward_reads); r++) {
             float* row = readers + (C + r) * at.Kp;
             vector(row, p.backward_reads ? gradient[r % p.reads].out : p.read[r % p.reads].q, r, p.reads, at.K, at.Kp, 1);
             scale_reader(C + r, row, 1);
         }
-        clear(scaled + C * at.Kp, reads);
+        if (!outside) clear(scaled + C * at.Kp, reads);
     }
 
     // The rows of a tile that hold nothing.
@@ -237,15 +258,19 @@ struct Chunk {
         if (end > used) std::memset(rows + used * at.Kp, 0, sizeof(float) * (end - used) * at.Kp);
     }
 
-    // readers_r = from, scaled_r = by P from
-    INLINE void scale_reader(int r, const float* from, float by) {
+    // readers_r = from, scaled_r = coefficient P from
+    INLINE void scale_reader(int r, const float* from, float coefficient) {
         const float* a = left + (DECAY == PER_KEY ? versions.of[r] * at.Kp : versions.of[r]);
         float *to = scaled + r * at.Kp, *plain = readers + r * at.Kp;
-        if (DECAY == PER_HEAD) by *= *a;
+        by[r] = DECAY == PER_HEAD ? *a * coefficient : coefficient;
+        if (outside) {
+            if (from != plain && !x_is_key) std::memcpy(plain, from, sizeof(float) * at.Kp);
+            return;
+        }
         for (int k = 0; k < at.Kp; k += L) {
             vec x = load(from + k);
             store(plain + k, x);
-            store(to + k, DECAY == PER_KEY ? x * load(a + k) * by : x * by);
+            store(to + k, DECAY == PER_KEY ? x * load(a + k) * by[r] : x * by[r]);
         }
     }
 
@@ -294,11 +319,11 @@ struct Chunk {
     }
 
     INLINE void scale_scores(int r, int v) {
-        float by = ERASE != NO_ERASE && r < C ? cx[r] : 1.0f;
+        const float c = ERASE != NO_ERASE && r < C ? cx[r] : 1.0f;
         for (int s = 0; s < SETS; s++) {
             float* row = score + r * EVENTS + s * C;
             for (int e = 0; e < C; e += L) {
-                vec x = load(row + e) * (DECAY == PER_HEAD ? load(between + v * C + e) * by : broadcast(by));
+                vec x = load(row + e) * (DECAY == PER_HEAD ? load(between + v * C + e) * c : broadcast(c));
                 store(row + e, select(first_lanes(v - e), x, vec{}));
             }
         }
@@ -311,7 +336,7 @@ struct Chunk {
             for (int r = ERASE == NO_ERASE ? C : 0; r < 2 * C; r += 8)
                 for (int e = 0; e < C; e += L)
                     if (r % C < (r < C ? steps : reads))
-                        tile<8, 1, ZERO>(score + r * EVENTS + s * C + e, EVENTS, readers + r * at.Kp, at.Kp, 1, running + e, C, at.K, nullptr, nullptr, 0);
+                        tile<8, 1, ZERO>(score + r * EVENTS + s * C + e, EVENTS, (r < C && x_is_key ? keys : readers) + r * at.Kp, at.Kp, 1, running + e, C, at.K, nullptr, nullptr, 0);
         }
         for (int v = 0; v <= steps; v++)
             for (int n = versions.start[v]; n < versions.start[v + 1]; n++) scale_scores(versions.reader[n], v);

@@ -16,6 +16,7 @@ namespace fw {
 template <Decay DECAY, Erase ERASE>
 struct Forward {
     using Part = Chunk<DECAY, ERASE>;
+    static constexpr bool OUTSIDE = DECAY != PER_KEY;  // see Chunk
     const Problem& p;
     Layout at;
     Scratch memory;
@@ -28,7 +29,7 @@ struct Forward {
         return Part::size(at) + at.state() + 2 * C * at.Vp + 2 * C * (at.Vp + at.Kp) + 1024;
     }
 
-    explicit Forward(const Problem& problem) : p(problem), at(p), memory{scratch(size(p))}, chunk(p, at, memory),
+    explicit Forward(const Problem& problem) : p(problem), at(p), memory{scratch(size(p))}, chunk(p, at, memory, OUTSIDE),
           usual(p.n == 1 && p.reads == 1 && p.read[0].version == 1 && !p.backward_reads) {
         S = memory.take(at.state()), out = memory.take(2 * C * at.Vp);
         turned = memory.take(C * at.Vp), back = memory.take(C * at.Kp);
@@ -53,15 +54,18 @@ struct Forward {
     void run(int64_t row) {
         const int steps = chunk.steps;
         if (ERASE != NO_ERASE || !p.backward_reads) chunk.scores();
-        if (ERASE != NO_ERASE) read_rows(chunk.next, at, out, chunk.scaled, S, steps);
-        if (!p.backward_reads) read_rows(chunk.next, at, out + C * at.Vp, chunk.scaled + C * at.Kp, S, chunk.reads);
-        write_values();
-        if (p.values && ERASE != NO_ERASE)
-            std::memcpy(p.values + (row * p.T + chunk.token) * p.n * at.Vp, chunk.values, sizeof(float) * steps * at.Vp);
+        if (ERASE != NO_ERASE) read_rows(chunk.next, at, out, chunk.x_rows(), S, steps);
+        if (!p.backward_reads) read_rows(chunk.next, at, out + C * at.Vp, chunk.q_rows(), S, chunk.reads);
+        load_values();
+        float* saved = p.values && ERASE != NO_ERASE ? p.values + (row * p.T + chunk.token) * p.n * at.Vp : nullptr;
+        if (usual) solve<true>(saved);
+        else if (ERASE != NO_ERASE) solve<false>(saved);
         if (p.backward_reads) read_back_queries();
         else read_queries();
-        write_rows(chunk.next, at, S, S, chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, steps);
-        if (ERASE == FREE) write_rows(chunk.next, at, S, S, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, steps);
+        if (!usual) decay_values();
+        write_rows(chunk.next, at, S, S, chunk.total(), Part::TOTAL_STRIDE, chunk.ends_rows(), chunk.values, steps);
+        if (ERASE == FREE)
+            write_rows(chunk.next, at, S, S, chunk.ones, 0, chunk.ends_rows() + C * at.Kp, chunk.values + C * at.Vp, steps);
     }
 
     void load_values() {
@@ -70,51 +74,65 @@ struct Forward {
             float* u = chunk.values + (ERASE == FREE ? C + i : i) * at.Vp;
             chunk.vector(u, m.u, i, p.n, at.V, at.Vp, chunk.coefficient(m.cu, i, m.su));
         }
-        if (ERASE != FREE) return;
-        for (int i = 0; i < chunk.steps; i++)
-            combine(out + i * at.Vp, chunk.score + i * Part::EVENTS + C, 1, chunk.values + C * at.Vp, at.Vp, i, at.Vp);
-        for (int r = C; r < C + (p.backward_reads ? 0 : chunk.reads); r++)
-            combine(out + r * at.Vp, chunk.score + r * Part::EVENTS + C, 1, chunk.values + C * at.Vp, at.Vp, chunk.versions.of[r], at.Vp);
     }
 
-    // A vector of columns at a time, the values of the chunk in registers; `READ`: query r sees the events up to r.
+    // A vector of columns at a time, the values of the chunk in registers; `READ`: query r sees the events up to r, and the values
+    // are left as much decayed as they will be at the end of the chunk.
     template <bool READ>
-    void solve() {
+    void solve(float* saved) {
         for (int c = 0; c < at.Vp; c += L) {
+            const float* u = chunk.values + C * at.Vp + c;
             vec val[C];
 #pragma GCC unroll 16
             for (int i = 0; i < C; i++) {
                 const float* score = chunk.score + i * Part::EVENTS;
-                val[i] = ERASE == FREE ? vec{} : load(chunk.values + i * at.Vp + c);
+                float* value = chunk.values + i * at.Vp + c;
+                val[i] = ERASE == FREE ? vec{} : load(value);
                 if (ERASE == NO_ERASE) continue;
-                val[i] += load(out + i * at.Vp + c);
+                val[i] += OUTSIDE ? load(out + i * at.Vp + c) * chunk.by[i] : load(out + i * at.Vp + c);
+                for (int e = 0; ERASE == FREE && e < i; e++) val[i] += score[C + e] * load(u + e * at.Vp);
 #pragma GCC unroll 16
                 for (int e = 0; e < i; e++) val[i] += score[e] * val[e];
-                store(chunk.values + i * at.Vp + c, val[i]);
+                if (!READ) store(value, val[i]);
+                if (saved && i < chunk.steps) store(saved + i * at.Vp + c, val[i]);
             }
             if (!READ) continue;
 #pragma GCC unroll 16
             for (int r = 0; r < C; r++) {
                 const float* score = chunk.score + (C + r) * Part::EVENTS;
                 float* to = out + (C + r) * at.Vp + c;
-                vec read = load(to);
+                vec read = OUTSIDE ? load(to) * chunk.by[C + r] : load(to);
+                for (int e = 0; ERASE == FREE && e <= r; e++) read += score[C + e] * load(u + e * at.Vp);
 #pragma GCC unroll 16
                 for (int e = 0; e <= r; e++) read += score[e] * val[e];
                 store(to, read);
             }
+#pragma GCC unroll 16
+            for (int i = 0; i < C; i++)
+                if (ERASE != NO_ERASE || DECAY == PER_HEAD) store(chunk.values + i * at.Vp + c, val[i] * end(i));
+            for (int i = 0; ERASE == FREE && DECAY == PER_HEAD && i < C; i++) scale(chunk.values + (C + i) * at.Vp + c, end(i), L);
         }
     }
 
-    void write_values() {
-        load_values();
-        if (usual) solve<true>();
-        else if (ERASE != NO_ERASE) solve<false>();
+    INLINE float end(int i) const { return OUTSIDE ? chunk.to_end(i) : 1.0f; }
+
+    INLINE static void scale(float* row, float by, int width) {
+        for (int c = 0; c < width; c += L) store(row + c, load(row + c) * by);
+    }
+
+    void decay_values() {
+        for (int s = 0; s < Part::SETS && DECAY == PER_HEAD; s++)
+            for (int i = 0; i < chunk.steps; i++) scale(chunk.values + (s * C + i) * at.Vp, end(i), at.Vp);
     }
 
     void read_queries() {
         for (int r = 0; r < chunk.reads; r++) {
             float* read = out + (C + r) * at.Vp;
-            if (!usual) combine(read, chunk.score + (C + r) * Part::EVENTS, 1, chunk.values, at.Vp, chunk.versions.of[C + r], at.Vp);
+            if (!usual) {
+                if (OUTSIDE) scale(read, chunk.by[C + r], at.Vp);
+                for (int s = 0; s < Part::SETS; s++)
+                    combine(read, chunk.score + (C + r) * Part::EVENTS + s * C, 1, chunk.values + s * C * at.Vp, at.Vp, chunk.versions.of[C + r], at.Vp);
+            }
             const Read& to = p.read[r % p.reads];
             store_row(to.out, chunk.offset(to.out, r, p.reads), read, at.V, 1, false);
         }

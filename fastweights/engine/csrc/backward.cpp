@@ -33,6 +33,7 @@ struct Backward {
     Layout at;
     Scratch memory;
     Part chunk;
+    Head to;                        // the gradients of this head
     float *states, *zeros, *dS;     // S_0 of the chunks of a segment; nothing; the gradient of S
     float *given, *given_turned;    // [2C][Vp] do_r, and transposed
     float *values_turned, *dvalues; // [EVENTS][Vp]
@@ -51,7 +52,7 @@ struct Backward {
 
     Backward(const Problem& problem, const Gradient& gradient)
         : p(problem), grad(gradient), at(p), memory{scratch(size(p))}, chunk(p, at, memory, false) {
-        chunk.gradient = grad.read;
+        chunk.gradient = &to;
         states = memory.take(slots(p) * at.state()), zeros = memory.take(at.state()), dS = memory.take(at.state());
         given = memory.take(2 * C * at.Vp), given_turned = memory.take(2 * C * at.Vp);
         values_turned = memory.take(EVENTS * at.Vp), dvalues = memory.take(EVENTS * at.Vp);
@@ -64,6 +65,8 @@ struct Backward {
 
     void head(int64_t b, int64_t h) {
         const int64_t segments = (p.T + p.segment - 1) / p.segment;
+        chunk.head.enter(p, p.micro, p.read, b, h);
+        to.enter(p, grad.micro, grad.read, b, h);
         load_state(at, dS, grad.last, b, h);
         for (int64_t s = segments - 1; s >= 0; s--) segment(b, h, s, p.checkpoints + ((b * p.H + h) * segments + s) * at.state());
         store_state(at, dS, grad.first, b, h);
@@ -82,7 +85,7 @@ struct Backward {
             int count = next_chunk(p, b, token, end);
             token += count;
             if (token == end || starts_anew(p, b, token)) continue;
-            chunk.load_keys(b, h, first[chunks], count, false);
+            chunk.load_keys(first[chunks], count, false);
             load_values(b * p.H + h);
             write_rows(chunk.next, at, slot, start[chunks], chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, chunk.steps);
             if (ERASE == FREE) write_rows(chunk.next, at, slot, slot, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, chunk.steps);
@@ -90,7 +93,7 @@ struct Backward {
         }
         first[chunks] = end;
         for (int c = chunks - 1; c >= 0; c--) {
-            chunk.load_keys(b, h, first[c], static_cast<int>(first[c + 1] - first[c]), true);
+            chunk.load_keys(first[c], static_cast<int>(first[c + 1] - first[c]), true);
             load_values(b * p.H + h);
             run(start[c]);
             if (start[c] == zeros) std::memset(dS, 0, sizeof(float) * at.state());
@@ -107,7 +110,7 @@ struct Backward {
             for (int i = 0; i < chunk.steps; i++) {
                 const Micro& m = chunk.micro(i);
                 float* u = chunk.values + (ERASE == FREE ? C + i : i) * at.Vp;
-                chunk.vector(u, m.u, i, p.n, at.V, at.Vp, chunk.coefficient(m.cu, i, m.su));
+                chunk.vector(u, m.u, i, chunk.n, at.V, at.Vp, chunk.coefficient(m.cu, i, m.su));
             }
     }
 
@@ -115,7 +118,7 @@ struct Backward {
         const int readers = ERASE == NO_ERASE ? C : 2 * C, from = 2 * C - readers;
         chunk.scores();
         for (int r = 0; r < chunk.reads; r++)
-            chunk.vector(given + (C + r) * at.Vp, p.backward_reads ? p.read[r % p.reads].q : grad.read[r % p.reads].out, r, p.reads, at.V, at.Vp, 1);
+            chunk.vector(given + (C + r) * at.Vp, p.backward_reads ? chunk.read(r).q : to.read[chunk.of_token(r, chunk.per_token)].out, r, chunk.per_token, at.V, at.Vp, 1);
         gradient_of_values();
         for (int s = 0; s < SETS; s++) transpose(values_turned + s * C, EVENTS, chunk.values + s * C * at.Vp, at.Vp, C, at.Vp);
         transpose(given_turned, readers, given + from * at.Vp, at.Vp, readers, at.Vp);
@@ -378,15 +381,15 @@ struct Backward {
     // ---- out ---------------------------------------------------------------------------------------------------------
 
     // A tensor that several heads share gets the sum over them.
-    INLINE bool adds(const Tensor& t) const { return chunk.h % (p.H / t.heads) != 0; }
+    INLINE static bool adds(const Tensor& t) { return t.heads != 0; }
 
-    void emit(const Tensor& t, int i, int64_t per, const float* from, int n, float scale) {
+    void emit(const Tensor& t, int i, int per, const float* from, int n, float scale) {
         if (t) store_row(t, chunk.offset(t, i, per), from, n, scale, adds(t));
     }
 
     void emit_number(const Tensor& t, int i, double x) {
         if (!t) return;
-        int64_t of = chunk.offset(t, i, p.n);
+        int64_t of = chunk.offset(t, i, chunk.n);
         Type type = static_cast<Type>(t.type);
         store_one(t.data, of, static_cast<float>((adds(t) ? load_one(t.data, of, type) : 0.0f) + x), type);
     }
@@ -399,21 +402,21 @@ struct Backward {
             for (int s = 0; s < SETS; s++)
                 combine(rows + r * at.Vp, chunk.score + (C + r) * EVENTS + s * C, 1, chunk.values + s * C * at.Vp, at.Vp,
                         chunk.versions.of[C + r], at.Vp);
-            emit(grad.read[r % p.reads].q, r, p.reads, rows + r * at.Vp, at.V, 1);
+            emit(to.read[chunk.of_token(r, chunk.per_token)].q, r, chunk.per_token, rows + r * at.Vp, at.V, 1);
         }
     }
 
     void write_gradients() {
         for (int r = 0; r < chunk.reads && !p.backward_reads; r++)
-            emit(grad.read[r % p.reads].q, r, p.reads, dreaders + (C + r) * at.Kp, at.K, 1);
+            emit(to.read[chunk.of_token(r, chunk.per_token)].q, r, chunk.per_token, dreaders + (C + r) * at.Kp, at.K, 1);
         for (int i = 0; i < chunk.steps; i++) {
-            const Micro &m = chunk.micro(i), &to = grad.micro[i % p.n];
-            if (ERASE != NO_ERASE) gradient_of_x(m, to, i);
-            emit(ERASE == NO_ERASE ? to.w : to.y, i, p.n, dkeys + i * at.Kp, at.K, 1);
-            if (ERASE == FREE) emit(to.w, i, p.n, dkeys + (C + i) * at.Kp, at.K, 1);
-            gradient_of_u(m, to, i);
-            if (DECAY == PER_KEY) emit(to.g, i, p.n, dlog + i * at.Kp, at.K, 1);
-            if (DECAY == PER_HEAD && to.g) emit_number(to.g, i, log_of_head[i]);
+            const Micro &m = chunk.micro(i), &d = to.micro[chunk.of_token(i, chunk.n)];
+            if (ERASE != NO_ERASE) gradient_of_x(m, d, i);
+            emit(ERASE == NO_ERASE ? d.w : d.y, i, chunk.n, dkeys + i * at.Kp, at.K, 1);
+            if (ERASE == FREE) emit(d.w, i, chunk.n, dkeys + (C + i) * at.Kp, at.K, 1);
+            gradient_of_u(m, d, i);
+            if (DECAY == PER_KEY) emit(d.g, i, chunk.n, dlog + i * at.Kp, at.K, 1);
+            if (DECAY == PER_HEAD && d.g) emit_number(d.g, i, log_of_head[i]);
         }
     }
 
@@ -431,7 +434,7 @@ struct Backward {
                 store(log, load(log) + load(x + k) * load(d + k) * c);
                 store(d + k, load(d + k) * load(chunk.decay + i * at.Kp + k));
             }
-        if (!m.x_is_y) return emit(to.x, i, p.n, d, at.K, c);
+        if (!m.x_is_y) return emit(to.x, i, chunk.n, d, at.K, c);
         float* key = dkeys + i * at.Kp;
         for (int k = 0; k < at.Kp; k += L) store(key + k, load(key + k) + load(d + k) * c);
     }
@@ -439,9 +442,9 @@ struct Backward {
     void gradient_of_u(const Micro& m, const Micro& to, int i) {
         if (!m.u) return;
         const float* du = ERASE == TIED ? given + i * at.Vp : dvalues + (ERASE == FREE ? C + i : i) * at.Vp;
-        emit(to.u, i, p.n, du, at.V, chunk.coefficient(m.cu, i, m.su));
+        emit(to.u, i, chunk.n, du, at.V, chunk.coefficient(m.cu, i, m.su));
         if (!to.cu) return;
-        chunk.vector(row, m.u, i, p.n, at.V, at.Vp, 1);
+        chunk.vector(row, m.u, i, chunk.n, at.V, at.Vp, 1);
         emit_number(to.cu, i, dot(row, du, at.Vp) * m.su);
     }
 };

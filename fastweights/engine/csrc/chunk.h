@@ -101,10 +101,12 @@ struct Chunk {
     static constexpr int SETS = ERASE == FREE ? 2 : 1, EVENTS = SETS * C;
     const Problem& p;
     const Layout& at;
-    const Read* gradient = nullptr;  // in the backward pass: what was read by a program on rows is read at its gradient
+    const Head* gradient = nullptr;  // in the backward pass: what was read by a program on rows is read at its gradient
     Versions versions;
     Ahead next;
-    int64_t b = 0, h = 0, token = 0, ahead = 0;  // `ahead`: tokens from this chunk to the next
+    Head head;
+    const int n, per_token;      // micro-steps and reads a token
+    int64_t token = 0, ahead = 0;  // `ahead`: tokens from this chunk to the next
     int steps = 0, reads = 0;
     float *readers, *scaled;    // [2C][Kp]: x and q; the same times D(start -> version) and their coefficients
     float *keys, *ends;         // [EVENTS][Kp]: the same times D(e -> end)
@@ -123,7 +125,7 @@ struct Chunk {
     static int64_t size(const Layout& at) { return (4 * C + 2 * EVENTS + 3 * C + 1) * at.Kp + EVENTS * at.Vp + 2 * C * EVENTS + 256; }
 
     Chunk(const Problem& problem, const Layout& layout, Scratch& memory, bool numbers_outside)
-        : p(problem), at(layout), outside(numbers_outside), x_is_key(outside && every_x_is_key(problem)) {
+        : p(problem), at(layout), n(p.n), per_token(p.reads), outside(numbers_outside), x_is_key(outside && every_x_is_key(problem)) {
         readers = memory.take(2 * C * at.Kp), scaled = memory.take(2 * C * at.Kp);
         keys = memory.take(EVENTS * at.Kp), ends = memory.take(EVENTS * at.Kp), running = memory.take(C * at.Kp);
         values = memory.take(EVENTS * at.Vp), score = memory.take(2 * C * EVENTS);
@@ -143,32 +145,35 @@ struct Chunk {
     // what is left of event e at the end of the chunk, per head
     INLINE float to_end(int e) const { return DECAY == PER_HEAD ? between[steps * C + e] : 1.0f; }
 
-    INLINE const Micro& micro(int i) const { return p.micro[i % p.n]; }
-    INLINE int64_t offset(const Tensor& t, int i, int64_t per) const { return t.offset(b, token + i / per, h, p.H); }
+    INLINE const Micro& micro(int i) const { return head.micro[of_token(i, n)]; }
+    INLINE const Read& read(int r) const { return head.read[of_token(r, per_token)]; }
+    INLINE static int of_token(int i, int per) { return per == 1 ? 0 : i % per; }
+    INLINE int64_t offset(const Tensor& t, int i, int per) const { return (token + (per == 1 ? i : i / per)) * t.time; }
     // what is left of S at version v after the start of the chunk, as a scale for rows of S
     INLINE const float* total() const { return DECAY == NO_DECAY ? ones : left + (DECAY == PER_KEY ? steps * at.Kp : steps); }
     static constexpr int TOTAL_STRIDE = DECAY == PER_KEY ? 1 : 0;
 
     // The number that multiplies vector x or u of a micro-step.
     INLINE float coefficient(const Tensor& t, int i, double scale) const {
-        return t ? static_cast<float>(scale) * load_one(t.data, offset(t, i, p.n), static_cast<Type>(t.type)) : static_cast<float>(scale);
+        return t ? static_cast<float>(scale) * load_one(t.data, offset(t, i, n), static_cast<Type>(t.type)) : static_cast<float>(scale);
     }
 
-    void vector(float* out, const Tensor& t, int i, int64_t per, int n, int padded, float scale) {
+    void vector(float* out, const Tensor& t, int i, int per, int width, int padded, float scale) {
         if (!t) return static_cast<void>(std::memset(out, 0, sizeof(float) * padded));
-        load_row(out, t, offset(t, i, per), n, padded, scale);
-        next.add(t, offset(t, i, per) + ahead * t.time, n);
+        load_row(out, t, offset(t, i, per), width, padded, scale);
+        next.add(t, offset(t, i, per) + ahead * t.time, width);
     }
 
     // Everything of `count` tokens but their values.
-    void load_keys(int64_t batch, int64_t head, int64_t first, int count, bool with_readers) {
-        ahead = first >= token ? C / (p.n > p.reads ? p.n : p.reads) : -C / (p.n > p.reads ? p.n : p.reads);
+    void load_keys(int64_t first, int count, bool with_readers) {
+        ahead = C / (n > per_token ? n : per_token);
+        if (first < token) ahead = -ahead;
         next.clear();
-        b = batch, h = head, token = first, steps = count * p.n, reads = count * p.reads;
+        token = first, steps = count * n, reads = count * per_token;
         versions.set(p, steps, reads);
         for (int i = 0; i < steps; i++) {
-            vector(keys + i * at.Kp, ERASE == NO_ERASE ? micro(i).w : micro(i).y, i, p.n, at.K, at.Kp, 1);
-            if (ERASE == FREE) vector(keys + (C + i) * at.Kp, micro(i).w, i, p.n, at.K, at.Kp, 1);
+            vector(keys + i * at.Kp, ERASE == NO_ERASE ? micro(i).w : micro(i).y, i, n, at.K, at.Kp, 1);
+            if (ERASE == FREE) vector(keys + (C + i) * at.Kp, micro(i).w, i, n, at.K, at.Kp, 1);
         }
         load_decays();
         for (int s = 0; s < SETS && !outside; s++) decay_to_end(keys + s * C * at.Kp, ends + s * C * at.Kp);
@@ -183,7 +188,7 @@ struct Chunk {
             ivec positive = {};
             for (int i = 0; i < steps; i++) {
                 float* a = decay + i * at.Kp;
-                vector(a, micro(i).g, i, p.n, at.K, at.Kp, 1);
+                vector(a, micro(i).g, i, n, at.K, at.Kp, 1);
                 for (int k = 0; k < at.Kp; k += L) {
                     vec g = load(a + k);
                     positive |= g > 0.0f;
@@ -197,7 +202,7 @@ struct Chunk {
         }
         float g[C] = {};
         for (int i = 0; i < steps; i++) {
-            if (micro(i).g) g[i] = load_one(micro(i).g.data, offset(micro(i).g, i, p.n), static_cast<Type>(micro(i).g.type));
+            if (micro(i).g) g[i] = load_one(micro(i).g.data, offset(micro(i).g, i, n), static_cast<Type>(micro(i).g.type));
             if (g[i] > 0) *p.positive = 1;
         }
         for (int i = 0; i < C; i += L) store(decay + i, exponential(load(g + i)));
@@ -233,7 +238,7 @@ struct Chunk {
         for (int i = 0; ERASE != NO_ERASE && i < steps; i++) {
             float* x = readers + i * at.Kp;
             const float* from = micro(i).x_is_y ? keys + i * at.Kp : x;
-            if (!micro(i).x_is_y) vector(x, micro(i).x, i, p.n, at.K, at.Kp, 1);
+            if (!micro(i).x_is_y) vector(x, micro(i).x, i, n, at.K, at.Kp, 1);
             cx[i] = coefficient(micro(i).cx, i, micro(i).sx);
             const bool decayed = DECAY != NO_DECAY && micro(i).decayed;
             if (DECAY == PER_HEAD && decayed) cx[i] *= decay[i];
@@ -246,7 +251,7 @@ struct Chunk {
         if (ERASE != NO_ERASE && !outside) clear(scaled, steps);
         for (int r = 0; r < reads && (gradient || !p.backward_reads); r++) {
             float* row = readers + (C + r) * at.Kp;
-            vector(row, p.backward_reads ? gradient[r % p.reads].out : p.read[r % p.reads].q, r, p.reads, at.K, at.Kp, 1);
+            vector(row, p.backward_reads ? gradient->read[of_token(r, per_token)].out : read(r).q, r, per_token, at.K, at.Kp, 1);
             scale_reader(C + r, row, 1);
         }
         if (!outside) clear(scaled + C * at.Kp, reads);

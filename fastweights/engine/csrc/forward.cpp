@@ -36,6 +36,7 @@ struct Forward {
     }
 
     void head(int64_t b, int64_t h) {
+        chunk.head.enter(p, p.micro, p.read, b, h);
         load_state(at, S, p.first, b, h);
         const int64_t row = b * p.H + h, segments = (p.T + p.segment - 1) / p.segment;
         for (int64_t t = 0; t < p.T;) {
@@ -44,7 +45,7 @@ struct Forward {
                 std::memcpy(p.checkpoints + (row * segments + t / p.segment) * at.state(), S, sizeof(float) * at.state());
             int64_t end = (t / p.segment + 1) * p.segment;
             int count = next_chunk(p, b, t, end < p.T ? end : p.T);
-            chunk.load_keys(b, h, t, count, true);
+            chunk.load_keys(t, count, true);
             run(row);
             t += count;
         }
@@ -72,7 +73,7 @@ struct Forward {
         for (int i = 0; i < chunk.steps; i++) {
             const Micro& m = chunk.micro(i);
             float* u = chunk.values + (ERASE == FREE ? C + i : i) * at.Vp;
-            chunk.vector(u, m.u, i, p.n, at.V, at.Vp, chunk.coefficient(m.cu, i, m.su));
+            chunk.vector(u, m.u, i, chunk.n, at.V, at.Vp, chunk.coefficient(m.cu, i, m.su));
         }
     }
 
@@ -133,8 +134,8 @@ struct Forward {
                 for (int s = 0; s < Part::SETS; s++)
                     combine(read, chunk.score + (C + r) * Part::EVENTS + s * C, 1, chunk.values + s * C * at.Vp, at.Vp, chunk.versions.of[C + r], at.Vp);
             }
-            const Read& to = p.read[r % p.reads];
-            store_row(to.out, chunk.offset(to.out, r, p.reads), read, at.V, 1, false);
+            const Tensor& to = chunk.read(r).out;
+            store_row(to, chunk.offset(to, r, chunk.per_token), read, at.V, 1, false);
         }
     }
 
@@ -143,8 +144,7 @@ struct Forward {
         float* q = out + C * at.Vp;
         std::memset(q, 0, sizeof(float) * C * at.Vp);
         for (int r = 0; r < chunk.reads; r++) {
-            const Tensor& t = p.read[r % p.reads].q;
-            load_row(q + r * at.Vp, t, chunk.offset(t, r, p.reads), at.V, at.Vp, 1);
+            chunk.vector(q + r * at.Vp, chunk.read(r).q, r, chunk.per_token, at.V, at.Vp, 1);
         }
         transpose(turned, C, q, at.Vp, C, at.Vp);
         read_back(chunk.next, at, back, S, turned, C);
@@ -154,8 +154,8 @@ struct Forward {
         for (int v = 0; v <= chunk.steps; v++) chunk.products(v, out, chunk.values, at.Vp, chunk.score);
         add_keys(rows, weight);
         for (int r = 0; r < chunk.reads; r++) {
-            const Read& to = p.read[r % p.reads];
-            store_row(to.out, chunk.offset(to.out, r, p.reads), rows + r * at.Kp, at.K, 1, false);
+            const Tensor& to = chunk.read(r).out;
+            store_row(to, chunk.offset(to, r, chunk.per_token), rows + r * at.Kp, at.K, 1, false);
         }
     }
 

@@ -8,6 +8,9 @@
 
 namespace fw {
 
+constexpr int C = 16;  // micro-steps a chunk
+static_assert(C % L == 0, "a chunk is a whole number of vectors");
+
 enum Decay : int64_t { NO_DECAY = 0, PER_HEAD = 1, PER_KEY = 2 };
 enum Erase : int64_t { NO_ERASE = 0, TIED = 1, FREE = 2 };
 
@@ -18,6 +21,13 @@ struct Tensor {
 
     INLINE explicit operator bool() const { return data != nullptr; }
     INLINE int64_t offset(int64_t b, int64_t t, int64_t h, int64_t of) const { return b * batch + t * time + h / (of / heads) * head; }
+
+    // What head h of `of` sees: `data` starts there, and `heads` says which of the heads that share it this one is.
+    Tensor seen_from(int64_t b, int64_t h, int64_t of) const {
+        Tensor out = *this;
+        if (data) out.data += offset(b, 0, h, of) * (type == F32 ? 4 : 2), out.heads = h % (of / heads);
+        return out;
+    }
 };
 
 struct Micro {
@@ -52,8 +62,22 @@ struct Problem {
     int64_t* positive;   // set to 1 where a log decay is > 0
 };
 
-constexpr int C = 16;  // micro-steps a chunk
-static_assert(C % L == 0, "a chunk is a whole number of vectors");
+
+// The micro-steps and reads of a program, as one head sees them.
+struct Head {
+    Micro micro[C];
+    Read read[C];
+
+    void enter(const Problem& p, const Micro* micros, const Read* reads, int64_t b, int64_t h) {
+        for (int i = 0; i < p.n; i++) {
+            micro[i] = micros[i];
+            for (Tensor* t : {&micro[i].x, &micro[i].y, &micro[i].u, &micro[i].w, &micro[i].cx, &micro[i].cu, &micro[i].g})
+                *t = t->seen_from(b, h, p.H);
+        }
+        for (int r = 0; r < p.reads; r++)
+            read[r] = {reads[r].q.seen_from(b, h, p.H), reads[r].out.seen_from(b, h, p.H), reads[r].version};
+    }
+};
 
 INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -80,7 +104,5 @@ float* scratch(int64_t numbers);
 
 // Runs work(context, i) for i < tasks on up to `threads` threads of the runtime that torch has loaded.
 void parallel(int64_t tasks, int64_t threads, void (*work)(void*, int64_t), void* context, bool same_thread = false);
-
-
 
 }  // namespace fw

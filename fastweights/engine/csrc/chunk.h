@@ -113,6 +113,7 @@ struct Chunk {
     float *running;             // [Kp][C] keys as they decay, a column each
     float *values;              // [EVENTS][Vp]
     float *score;               // [2C][EVENTS], zero where the reader does not see the event
+    float *rescaled;            // [2C][Kp] readers after the middle times D(middle -> version)
     float *decay, *left;        // [C][Kp] a_i of micro-step i; [C + 1][Kp] a_0 ... a_{i-1} (one number a row if per head)
     float between[(C + 1) * C]; // D(e -> p) at [p][e], per head
     float cx[C];
@@ -122,12 +123,13 @@ struct Chunk {
     const bool x_is_key;        // every x is the key itself: then x is not copied where nothing is scaled
     const float ones[1] = {1.0f};
 
-    static int64_t size(const Layout& at) { return (4 * C + 2 * EVENTS + 3 * C + 1) * at.Kp + EVENTS * at.Vp + 2 * C * EVENTS + 256; }
+    static int64_t size(const Layout& at) { return (6 * C + 2 * EVENTS + 3 * C + 1) * at.Kp + EVENTS * at.Vp + 2 * C * EVENTS + 256; }
 
     Chunk(const Problem& problem, const Layout& layout, Scratch& memory, bool numbers_outside)
         : p(problem), at(layout), n(p.n), per_token(p.reads), outside(numbers_outside), x_is_key(outside && every_x_is_key(problem)) {
         readers = memory.take(2 * C * at.Kp), scaled = memory.take(2 * C * at.Kp);
         keys = memory.take(EVENTS * at.Kp), ends = memory.take(EVENTS * at.Kp), running = memory.take(C * at.Kp);
+        rescaled = memory.take(DECAY == PER_KEY ? 2 * C * at.Kp : 0);
         values = memory.take(EVENTS * at.Vp), score = memory.take(2 * C * EVENTS);
         decay = memory.take(C * at.Kp), left = memory.take((C + 1) * at.Kp);
     }
@@ -282,45 +284,76 @@ struct Chunk {
     // score of all readers and events
     void scores() {
         if (DECAY != PER_KEY) return scores_at_once();
+        rescale_readers();
         for (int s = 0; s < SETS; s++) {
+            float* out = score + s * C;
             transpose(running, C, keys + s * C * at.Kp, at.Kp, C, at.Kp);
-            for (int v = 0; v <= steps; v++) {
-                const int *now = versions.reader + versions.start[v], n = versions.start[v + 1] - versions.start[v];
-                float* out = score + s * C;
-                if (v > 1) {
-                    if (n == 0) see<0, true>(v, now, out);
-                    else if (n == 1) see<1, true>(v, now, out);
-                    else see<2, true>(v, now, out);
-                }
-                for (int i = v > 1 ? 2 : 0; i < n; i += 2) {
-                    if (i + 1 == n) see<1, false>(v, now + i, out);
-                    else see<2, false>(v, now + i, out);
-                }
-            }
+            step_by_step(0, out);
+            across_the_middle(out);
+            step_by_step(HALF, out);
         }
         for (int v = 0; v <= steps; v++)
-            for (int n = versions.start[v]; n < versions.start[v + 1]; n++) scale_scores(versions.reader[n], v);
+            for (int i = versions.start[v]; i < versions.start[v + 1]; i++) scale_scores(versions.reader[i], v);
     }
 
-    // What M readers of version v see of every event; the events, a column each, first decay to that version from the one before.
+    // Events and readers on the same side of the middle of a chunk: events decay from version to version, and meet their readers there.
+    void step_by_step(int first, float* out) {
+        const int last = first + HALF < steps ? first + HALF : steps;
+        for (int v = first; v <= last; v++) {
+            const int *now = versions.reader + versions.start[v], count = versions.start[v + 1] - versions.start[v];
+            for (int i = 0; i < count || (i == 0 && v > first); i += 2) {
+                const bool advance = i == 0 && v > first + 1;
+                const int m = first && v == first ? 0 : count - i;
+                if (m >= 2) advance ? see<2, true>(v, first, now + i, out) : see<2, false>(v, first, now + i, out);
+                else if (m == 1) advance ? see<1, true>(v, first, now + i, out) : see<1, false>(v, first, now + i, out);
+                else if (advance) see<0, true>(v, first, now, out);
+            }
+        }
+    }
+
+    // What M readers of version v see of HALF events; the events, a column each, first decay to that version from the one before.
     template <int M, bool ADVANCE>
-    INLINE void see(int v, const int* reader, float* out) {
+    void see(int v, int first, const int* reader, float* out) {
         constexpr int AT_ONCE = 4;  // sums that do not wait for each other
         const float *a = decay + (v - 1) * at.Kp, *x[2] = {readers + (M > 0 ? reader[0] : 0) * at.Kp, readers + (M > 1 ? reader[1] : 0) * at.Kp};
-        for (int e = 0; e < C; e += L) {
-            const ivec older = first_lanes(v - 1 - e);
-            vec sum[2][AT_ONCE] = {};
-            for (int k = 0; k < at.Kp; k += AT_ONCE)
+        const half_ivec older = first_of_half(v - 1 - first);
+        half_vec sum[2][AT_ONCE] = {};
+        for (int k = 0; k < at.Kp; k += AT_ONCE)
 #pragma GCC unroll 4
-                for (int j = 0; j < AT_ONCE; j++) {
-                    float* row = running + (k + j) * C + e;
-                    vec events = load(row);
-                    if (ADVANCE) store(row, events = older ? events * a[k + j] : events);
+            for (int j = 0; j < AT_ONCE; j++) {
+                auto row = reinterpret_cast<half_vec*>(running + (k + j) * C + first);
+                half_vec events = *row;
+                if (ADVANCE) *row = events = older ? events * a[k + j] : events;
 #pragma GCC unroll 2
-                    for (int m = 0; m < M; m++) sum[m][j] += events * x[m][k + j];
-                }
-            for (int m = 0; m < M; m++) store(out + reader[m] * EVENTS + e, (sum[m][0] + sum[m][1]) + (sum[m][2] + sum[m][3]));
+                for (int m = 0; m < M; m++) sum[m][j] += events * x[m][k + j];
+            }
+        for (int m = 0; m < M; m++)
+            *reinterpret_cast<half_vec*>(out + reader[m] * EVENTS + first) = (sum[m][0] + sum[m][1]) + (sum[m][2] + sum[m][3]);
+    }
+
+    // Readers after the middle take over the decays from there on: what they see of the events before it is a product of matrices.
+    void rescale_readers() {
+        if (steps <= HALF) return;
+        for (int k = 0; k < at.Kp; k += L) {
+            vec a = broadcast(1);
+            float* to = rescaled + k;
+            for (int v = HALF + 1; v <= steps; v++) {
+                a *= load(decay + (v - 1) * at.Kp + k);
+                for (int i = versions.start[v]; i < versions.start[v + 1]; i++, to += at.Kp)
+                    store(to, load(readers + versions.reader[i] * at.Kp + k) * a);
+            }
         }
+    }
+
+    void across_the_middle(float* out) {
+        if (steps <= HALF) return;
+        const int from = versions.start[HALF + 1], count = versions.start[steps + 1] - from;
+        for (int i = 0; i < count; i += 8)
+            for (int e = 0; e < HALF; e += L) {
+                float seen[8 * L];
+                tile<8, 1, ZERO>(seen, L, rescaled + i * at.Kp, at.Kp, 1, running + e, C, at.K, nullptr, nullptr, 0);
+                for (int j = 0; j < 8 && i + j < count; j++) store(out + versions.reader[from + i + j] * EVENTS + e, load(seen + j * L));
+            }
     }
 
     INLINE void scale_scores(int r, int v) {

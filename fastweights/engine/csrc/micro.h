@@ -41,6 +41,11 @@ template <int... I>
 INLINE ivec lane_numbers(std::integer_sequence<int, I...>) { return ivec{I...}; }
 INLINE ivec first_lanes(int n) { return lane_numbers(std::make_integer_sequence<int, L>{}) < n; }
 
+constexpr int HALF = 8;  // half a chunk
+typedef float half_vec __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
+typedef int32_t half_ivec __attribute__((vector_size(4 * HALF)));
+INLINE half_ivec first_of_half(int n) { return half_ivec{0, 1, 2, 3, 4, 5, 6, 7} < n; }
+
 // ---- numbers of 32 and 16 bits -------------------------------------------------------------------------------------
 
 #if defined(__aarch64__)
@@ -100,10 +105,11 @@ INLINE void store_one(void* p, int64_t i, float x, Type type) {
     }
 }
 
-// e^x to about one unit in the last place; 0 below the normal numbers, infinity above them. Cephes' reduction and polynomial.
+// e^x to about one unit in the last place; 0 below the normal numbers, and no more than about their largest above them. Cephes'
+// reduction and polynomial.
 INLINE vec exponential(vec x) {
-    vec inside = select(x > -87.3f, x, broadcast(-87.3f));
-    inside = select(x < 88.0f, inside, x == x ? broadcast(88.0f) : x);
+    const ivec none = x < -87.3f;
+    vec inside = x > 88.3f ? broadcast(88.3f) : none ? broadcast(-87.3f) : x;
     vec shifted = inside * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // the low bits of `shifted` are a whole number n
     vec r = inside - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = broadcast(1.9875691500e-4f);
@@ -112,9 +118,9 @@ INLINE vec exponential(vec x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    vec out = (vec)((ivec)p + ((ivec)shifted << 23)) + (inside - inside);  // times 2^n; not a number stays one
-    return select(x > -87.3f, select(x < 88.0f, out, broadcast(INFINITY) + out), select(x == x, vec{}, x));
+    p = p * (r * r) + (r + 1.0f);
+    vec out = (vec)((ivec)p + ((ivec)shifted << 23)) + (inside - inside);  // times 2^n; what is not a number stays so
+    return none ? vec{} : out;
 }
 
 // ---- shuffles ------------------------------------------------------------------------------------------------------

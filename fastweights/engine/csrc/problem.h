@@ -9,7 +9,7 @@
 namespace fw {
 
 constexpr int C = 16;  // micro-steps a chunk
-static_assert(C % L == 0, "a chunk is a whole number of vectors");
+static_assert(C % L == 0 && C == 2 * HALF, "a chunk is a whole number of vectors");
 
 enum Decay : int64_t { NO_DECAY = 0, PER_HEAD = 1, PER_KEY = 2 };
 enum Erase : int64_t { NO_ERASE = 0, TIED = 1, FREE = 2 };

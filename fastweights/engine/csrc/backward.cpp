@@ -87,8 +87,7 @@ struct Backward {
             if (token == end || starts_anew(p, b, token)) continue;
             chunk.load_keys(first[chunks], count, false);
             load_values(b * p.H + h);
-            write_rows(chunk.next, at, slot, start[chunks], chunk.total(), Part::TOTAL_STRIDE, chunk.ends, chunk.values, chunk.steps);
-            if (ERASE == FREE) write_rows(chunk.next, at, slot, slot, chunk.ones, 0, chunk.ends + C * at.Kp, chunk.values + C * at.Vp, chunk.steps);
+            chunk.write(all(at), slot, start[chunks], chunk.ends);
             slot += at.state();
         }
         first[chunks] = end;
@@ -141,11 +140,11 @@ struct Backward {
 
     void gradient_of_values() {
         float* first = gradient_of_first();
-        read_rows(chunk.next, at, first, chunk.ends, dS, chunk.steps);
+        read_rows(chunk.next, at, all(at), first, chunk.ends, dS, chunk.steps);
         if (p.n == 1 && p.reads == 1 && p.read[0].version == 1 && chunk.steps == C) solve_usual(first);
         else solve(first, 0, ERASE != NO_ERASE);
         if (ERASE != FREE) return;
-        read_rows(chunk.next, at, dvalues + C * at.Vp, chunk.ends + C * at.Kp, dS, chunk.steps);
+        read_rows(chunk.next, at, all(at), dvalues + C * at.Vp, chunk.ends + C * at.Kp, dS, chunk.steps);
         solve(dvalues + C * at.Vp, C, true);
     }
 
@@ -292,10 +291,10 @@ struct Backward {
 
     // dS at the start of the chunk
     void advance() {
-        if (ERASE != NO_ERASE) write_rows(chunk.next, at, dS, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled, given, chunk.steps);
-        const float* scale = ERASE != NO_ERASE ? chunk.ones : chunk.total();
-        const int stride = ERASE != NO_ERASE ? 0 : Part::TOTAL_STRIDE;
-        write_rows(chunk.next, at, dS, dS, scale, stride, chunk.scaled + C * at.Kp, given + C * at.Vp, chunk.reads);
+        if (ERASE == NO_ERASE)
+            write_rows(chunk.next, at, all(at), dS, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled + C * at.Kp, given + C * at.Vp, chunk.reads);
+        else
+            write_two_sets(chunk.next, at, all(at), dS, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled, given, chunk.steps, chunk.reads);
     }
 
     // Between the events and readers of the chunk, where decays are numbers and part of the weights.
@@ -397,7 +396,7 @@ struct Backward {
     // The query of a program on rows is in value space: its gradient is read as an output is.
     void gradient_of_backward_queries(const float* S) {
         float* rows = given_turned;
-        read_rows(chunk.next, at, rows, chunk.scaled + C * at.Kp, S, chunk.reads);
+        read_rows(chunk.next, at, all(at), rows, chunk.scaled + C * at.Kp, S, chunk.reads);
         for (int r = 0; r < chunk.reads; r++) {
             for (int s = 0; s < SETS; s++)
                 combine(rows + r * at.Vp, chunk.score + (C + r) * EVENTS + s * C, 1, chunk.values + s * C * at.Vp, at.Vp,

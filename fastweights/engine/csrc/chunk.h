@@ -95,6 +95,60 @@ SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, 
     }
 }
 
+// ---- products with S, in panels ------------------------------------------------------------------------------------
+
+struct Panels {
+    int first, last;
+};
+INLINE Panels all(const Layout& at) { return {0, at.panels}; }
+
+// out[r] = rows[r] . S for `count` rows (out and rows have room for whole tiles)
+SHARED void read_rows(Ahead& next, const Layout& at, Panels of, float* out, const float* rows, const float* S, int count) {
+    for (int n = of.first; n < of.last; n++)
+        for (int r = 0; r < count; r += MR) {
+            next.fetch();
+            float* to = out + r * at.Vp + n * at.panel;
+            const float *a = rows + r * at.Kp, *s = S + n * at.Kp * at.panel;
+            if (at.panel == L) tile<MR, 1, ZERO>(to, at.Vp, a, at.Kp, 1, s, L, at.K, nullptr, nullptr, 0);
+            else tile<MR, 2, ZERO>(to, at.Vp, a, at.Kp, 1, s, 2 * L, at.K, nullptr, nullptr, 0);
+        }
+}
+
+// S = diag(scale) from + keys^T values
+SHARED void write_rows(Ahead& next, const Layout& at, Panels of, float* S, const float* from, const float* scale, int scale_stride,
+                       const float* keys, const float* values, int count) {
+    for (int n = of.first; n < of.last; n++)
+        for (int k = 0; k < at.Kp; k += MR) {
+            next.fetch();
+            float* to = S + n * at.Kp * at.panel + k * at.panel;
+            const float *start = from + (to - S), *s = scale + k * scale_stride, *v = values + n * at.panel;
+            if (at.panel == L) tile<MR, 1, SCALED>(to, L, keys + k, 1, at.Kp, v, at.Vp, count, start, s, scale_stride);
+            else tile<MR, 2, SCALED>(to, 2 * L, keys + k, 1, at.Kp, v, at.Vp, count, start, s, scale_stride);
+        }
+}
+
+// The same with two sets of rows, of which the second begins C rows on.
+INLINE void write_two_sets(Ahead& next, const Layout& at, Panels of, float* S, const float* from, const float* scale, int scale_stride,
+                           const float* keys, const float* values, int count, int more) {
+    static const float one[1] = {1.0f};
+    const bool joined = count == C;
+    write_rows(next, at, of, S, from, scale, scale_stride, keys, values, joined ? C + more : count);
+    if (!joined) write_rows(next, at, of, S, S, one, 0, keys + C * at.Kp, values + C * at.Vp, more);
+}
+
+// out (Kp x width) = S values^T, the values transposed: (Vp x width); width is a multiple of C
+SHARED void read_back(Ahead& next, const Layout& at, float* out, const float* S, const float* turned, int width) {
+    for (int k = 0; k < at.Kp; k += MR)
+        for (int c = 0; c < width; c += C == L ? L : 2 * L) {
+            next.fetch();
+            float* to = out + k * width + c;
+            const float *a = S + k * at.panel, *b = turned + c;
+            int64_t next = static_cast<int64_t>(at.Kp) * at.panel;
+            if (C == L) tile<MR, 1, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, nullptr, 0, at.panels, next);
+            else tile<MR, 2, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, nullptr, 0, at.panels, next);
+        }
+}
+
 // A run of tokens of one chunk, and its rows in scratch memory.
 template <Decay DECAY, Erase ERASE>
 struct Chunk {
@@ -121,7 +175,6 @@ struct Chunk {
     // Numbers may multiply what readers read and what events write rather than keys and readers: then nothing is scaled here.
     const bool outside;
     const bool x_is_key;        // every x is the key itself: then x is not copied where nothing is scaled
-    const float ones[1] = {1.0f};
 
     static int64_t size(const Layout& at) { return (6 * C + 2 * EVENTS + 3 * C + 1) * at.Kp + EVENTS * at.Vp + 2 * C * EVENTS + 256; }
 
@@ -140,6 +193,12 @@ struct Chunk {
         return p.erase == TIED;
     }
 
+    // S at the end of the chunk from S at its start
+    void write(Panels of, float* to, const float* from, const float* rows) {
+        if (ERASE == FREE) write_two_sets(next, at, of, to, from, total(), TOTAL_STRIDE, rows, values, steps, steps);
+        else write_rows(next, at, of, to, from, total(), TOTAL_STRIDE, rows, values, steps);
+    }
+
     // What reads S: x and q, times what is left of S by then unless that is outside
     INLINE const float* x_rows() const { return !outside ? scaled : x_is_key ? keys : readers; }
     INLINE const float* q_rows() const { return (outside ? readers : scaled) + C * at.Kp; }
@@ -152,7 +211,8 @@ struct Chunk {
     INLINE static int of_token(int i, int per) { return per == 1 ? 0 : i % per; }
     INLINE int64_t offset(const Tensor& t, int i, int per) const { return (token + (per == 1 ? i : i / per)) * t.time; }
     // what is left of S at version v after the start of the chunk, as a scale for rows of S
-    INLINE const float* total() const { return DECAY == NO_DECAY ? ones : left + (DECAY == PER_KEY ? steps * at.Kp : steps); }
+    const float one[1] = {1.0f};
+    INLINE const float* total() const { return DECAY == NO_DECAY ? one : left + (DECAY == PER_KEY ? steps * at.Kp : steps); }
     static constexpr int TOTAL_STRIDE = DECAY == PER_KEY ? 1 : 0;
 
     // The number that multiplies vector x or u of a micro-step.
@@ -396,45 +456,6 @@ struct Chunk {
         }
     }
 };
-
-// ---- products with S, in panels ------------------------------------------------------------------------------------
-
-// out[r] = rows[r] . S for `count` rows (out and rows have room for whole tiles)
-SHARED void read_rows(Ahead& next, const Layout& at, float* out, const float* rows, const float* S, int count) {
-    for (int n = 0; n < at.panels; n++)
-        for (int r = 0; r < count; r += MR) {
-            next.fetch();
-            float* to = out + r * at.Vp + n * at.panel;
-            const float *a = rows + r * at.Kp, *s = S + n * at.Kp * at.panel;
-            if (at.panel == L) tile<MR, 1, ZERO>(to, at.Vp, a, at.Kp, 1, s, L, at.K, nullptr, nullptr, 0);
-            else tile<MR, 2, ZERO>(to, at.Vp, a, at.Kp, 1, s, 2 * L, at.K, nullptr, nullptr, 0);
-        }
-}
-
-// S = diag(scale) from + keys^T values
-SHARED void write_rows(Ahead& next, const Layout& at, float* S, const float* from, const float* scale, int scale_stride, const float* keys, const float* values, int count) {
-    for (int n = 0; n < at.panels; n++)
-        for (int k = 0; k < at.Kp; k += MR) {
-            next.fetch();
-            float* to = S + n * at.Kp * at.panel + k * at.panel;
-            const float *start = from + (to - S), *s = scale + k * scale_stride, *v = values + n * at.panel;
-            if (at.panel == L) tile<MR, 1, SCALED>(to, L, keys + k, 1, at.Kp, v, at.Vp, count, start, s, scale_stride);
-            else tile<MR, 2, SCALED>(to, 2 * L, keys + k, 1, at.Kp, v, at.Vp, count, start, s, scale_stride);
-        }
-}
-
-// out (Kp x width) = S values^T, the values transposed: (Vp x width); width is a multiple of C
-SHARED void read_back(Ahead& next, const Layout& at, float* out, const float* S, const float* turned, int width) {
-    for (int k = 0; k < at.Kp; k += MR)
-        for (int c = 0; c < width; c += C == L ? L : 2 * L) {
-            next.fetch();
-            float* to = out + k * width + c;
-            const float *a = S + k * at.panel, *b = turned + c;
-            int64_t next = static_cast<int64_t>(at.Kp) * at.panel;
-            if (C == L) tile<MR, 1, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, nullptr, 0, at.panels, next);
-            else tile<MR, 2, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, nullptr, 0, at.panels, next);
-        }
-}
 
 // S from and to the state of a head, which may have any strides.
 SHARED void load_state(const Layout& at, float* S, const Tensor& t, int64_t b, int64_t h) {

@@ -53,21 +53,33 @@ struct Forward {
     }
 
     void run(int64_t row) {
-        const int steps = chunk.steps;
         if (ERASE != NO_ERASE || !p.backward_reads) chunk.scores();
-        if (ERASE != NO_ERASE) read_rows(chunk.next, at, out, chunk.x_rows(), S, steps);
-        if (!p.backward_reads) read_rows(chunk.next, at, out + C * at.Vp, chunk.q_rows(), S, chunk.reads);
         load_values();
         float* saved = p.values && ERASE != NO_ERASE ? p.values + (row * p.T + chunk.token) * p.n * at.Vp : nullptr;
-        if (usual) solve<true>(saved);
-        else if (ERASE != NO_ERASE) solve<false>(saved);
+        if (!usual) return run_any(saved);
+        for (int n = 0; n < at.panels; n++) {  // all that is done with a panel of S, while it is in the first cache
+            read({n, n + 1});
+            solve<true>({n, n + 1}, saved);
+            write({n, n + 1});
+        }
+        read_queries();
+    }
+
+    void run_any(float* saved) {
+        read(all(at));
+        if (ERASE != NO_ERASE) solve<false>(all(at), saved);
         if (p.backward_reads) read_back_queries();
         else read_queries();
-        if (!usual) decay_values();
-        write_rows(chunk.next, at, S, S, chunk.total(), Part::TOTAL_STRIDE, chunk.ends_rows(), chunk.values, steps);
-        if (ERASE == FREE)
-            write_rows(chunk.next, at, S, S, chunk.ones, 0, chunk.ends_rows() + C * at.Kp, chunk.values + C * at.Vp, steps);
+        decay_values();
+        write(all(at));
     }
+
+    void read(Panels of) {
+        if (ERASE != NO_ERASE) read_rows(chunk.next, at, of, out, chunk.x_rows(), S, chunk.steps);
+        if (!p.backward_reads) read_rows(chunk.next, at, of, out + C * at.Vp, chunk.q_rows(), S, chunk.reads);
+    }
+
+    void write(Panels of) { chunk.write(of, S, S, chunk.ends_rows()); }
 
     void load_values() {
         for (int i = 0; i < chunk.steps; i++) {
@@ -80,8 +92,8 @@ struct Forward {
     // A vector of columns at a time, the values of the chunk in registers; `READ`: query r sees the events up to r, and the values
     // are left as much decayed as they will be at the end of the chunk.
     template <bool READ>
-    void solve(float* saved) {
-        for (int c = 0; c < at.Vp; c += L) {
+    void solve(Panels of, float* saved) {
+        for (int c = of.first * at.panel; c < of.last * at.panel; c += L) {
             const float* u = chunk.values + C * at.Vp + c;
             vec val[C];
 #pragma GCC unroll 16

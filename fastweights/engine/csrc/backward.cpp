@@ -105,19 +105,14 @@ struct Backward {
             std::memcpy(chunk.values, values, sizeof(float) * chunk.steps * at.Vp);
             chunk.next.add(values + chunk.ahead * p.n * at.Vp, 4 * chunk.steps * at.Vp);
         }
-        if (ERASE != TIED)
-            for (int i = 0; i < chunk.steps; i++) {
-                const Micro& m = chunk.micro(i);
-                float* u = chunk.values + (ERASE == FREE ? C + i : i) * at.Vp;
-                chunk.vector(u, m.u, i, chunk.n, at.V, at.Vp, chunk.coefficient(m.cu, i, m.su));
-            }
+        if (ERASE != TIED) chunk.load_u(chunk.values + (ERASE == FREE ? C * at.Vp : 0));
     }
 
     void run(const float* S) {
         const int readers = ERASE == NO_ERASE ? C : 2 * C, from = 2 * C - readers;
         chunk.scores();
-        for (int r = 0; r < chunk.reads; r++)
-            chunk.vector(given + (C + r) * at.Vp, p.backward_reads ? chunk.read(r).q : to.read[chunk.of_token(r, chunk.per_token)].out, r, chunk.per_token, at.V, at.Vp, 1);
+        for (int j = 0; j < p.reads; j++)
+            chunk.vectors(given + C * at.Vp, p.backward_reads ? chunk.head.read[j].q : to.read[j].out, j, chunk.per_token, at.V, at.Vp);
         gradient_of_values();
         for (int s = 0; s < SETS; s++) transpose(values_turned + s * C, EVENTS, chunk.values + s * C * at.Vp, at.Vp, C, at.Vp);
         transpose(given_turned, readers, given + from * at.Vp, at.Vp, readers, at.Vp);
@@ -443,7 +438,8 @@ struct Backward {
         const float* du = ERASE == TIED ? given + i * at.Vp : dvalues + (ERASE == FREE ? C + i : i) * at.Vp;
         emit(to.u, i, chunk.n, du, at.V, chunk.coefficient(m.cu, i, m.su));
         if (!to.cu) return;
-        chunk.vector(row, m.u, i, chunk.n, at.V, at.Vp, 1);
+        load_row(row, m.u, chunk.offset(m.u, i, chunk.n), at.V, at.Vp, 1);
+        chunk.next.add(m.u, chunk.offset(m.u, i, chunk.n) + chunk.ahead * m.u.time, at.V);
         emit_number(to.cu, i, dot(row, du, at.Vp) * m.su);
     }
 };

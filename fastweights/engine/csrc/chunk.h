@@ -79,6 +79,22 @@ SHARED void load_row(float* out, const Tensor& t, int64_t offset, int n, int pad
     for (; i < padded; i++) out[i] = 0;
 }
 
+// `count` such rows, one a token from `offset` on, each times a number if numbers are given; zeros for a tensor that is not there.
+SHARED void load_rows(float* out, int out_stride, const Tensor& t, int64_t offset, int count, int n, int padded, const float* scales, int stride) {
+    if (t && t.channel == 1 && t.type == F32 && n == padded) {
+        const float* from = reinterpret_cast<const float*>(t.data) + offset;
+        for (int r = 0; r < count; r++, from += t.time, out += out_stride) {
+            const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
+            for (int i = 0; i < n; i += L) store(out + i, load(from + i) * scale);
+        }
+        return;
+    }
+    for (int r = 0; r < count; r++, out += out_stride) {
+        if (t) load_row(out, t, offset + r * t.time, n, padded, scales ? scales[r * stride] : 1.0f);
+        else std::memset(out, 0, sizeof(float) * padded);
+    }
+}
+
 SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, float scale, bool add) {
     const Type type = static_cast<Type>(t.type);
     int i = 0;
@@ -161,7 +177,7 @@ struct Chunk {
     Head head;
     const int n, per_token;      // micro-steps and reads a token
     int64_t token = 0, ahead = 0;  // `ahead`: tokens from this chunk to the next
-    int steps = 0, reads = 0;
+    int tokens = 0, steps = 0, reads = 0;
     float *readers, *scaled;    // [2C][Kp]: x and q; the same times D(start -> version) and their coefficients
     float *keys, *ends;         // [EVENTS][Kp]: the same times D(e -> end)
     float *running;             // [Kp][C] keys as they decay, a column each
@@ -215,15 +231,22 @@ struct Chunk {
     INLINE const float* total() const { return DECAY == NO_DECAY ? one : left + (DECAY == PER_KEY ? steps * at.Kp : steps); }
     static constexpr int TOTAL_STRIDE = DECAY == PER_KEY ? 1 : 0;
 
+    // The u of every micro-step, times its number
+    void load_u(float* rows) {
+        float cu[C];
+        for (int i = 0; i < steps; i++) cu[i] = coefficient(micro(i).cu, i, micro(i).su);
+        for (int j = 0; j < n; j++) vectors(rows, micro(j).u, j, n, at.V, at.Vp, cu);
+    }
+
     // The number that multiplies vector x or u of a micro-step.
     INLINE float coefficient(const Tensor& t, int i, double scale) const {
         return t ? static_cast<float>(scale) * load_one(t.data, offset(t, i, n), static_cast<Type>(t.type)) : static_cast<float>(scale);
     }
 
-    void vector(float* out, const Tensor& t, int i, int per, int width, int padded, float scale) {
-        if (!t) return static_cast<void>(std::memset(out, 0, sizeof(float) * padded));
-        load_row(out, t, offset(t, i, per), width, padded, scale);
-        next.add(t, offset(t, i, per) + ahead * t.time, width);
+    // A tensor's rows for all tokens of the chunk (rows j, j + per, ... of `out`), each times a number if numbers are given.
+    void vectors(float* out, const Tensor& t, int j, int per, int width, int padded, const float* scales = nullptr) {
+        load_rows(out + j * padded, per * padded, t, token * t.time, tokens, width, padded, scales ? scales + j : nullptr, per);
+        for (int64_t r = 0; t && r < tokens; r++) next.add(t, (token + ahead + r) * t.time, width);
     }
 
     // Everything of `count` tokens but their values.
@@ -231,11 +254,11 @@ struct Chunk {
         ahead = C / (n > per_token ? n : per_token);
         if (first < token) ahead = -ahead;
         next.clear();
-        token = first, steps = count * n, reads = count * per_token;
+        token = first, tokens = count, steps = count * n, reads = count * per_token;
         versions.set(p, steps, reads);
-        for (int i = 0; i < steps; i++) {
-            vector(keys + i * at.Kp, ERASE == NO_ERASE ? micro(i).w : micro(i).y, i, n, at.K, at.Kp, 1);
-            if (ERASE == FREE) vector(keys + (C + i) * at.Kp, micro(i).w, i, n, at.K, at.Kp, 1);
+        for (int j = 0; j < n; j++) {
+            vectors(keys, ERASE == NO_ERASE ? micro(j).w : micro(j).y, j, n, at.K, at.Kp);
+            if (ERASE == FREE) vectors(keys + C * at.Kp, micro(j).w, j, n, at.K, at.Kp);
         }
         load_decays();
         for (int s = 0; s < SETS && !outside; s++) decay_to_end(keys + s * C * at.Kp, ends + s * C * at.Kp);
@@ -248,9 +271,9 @@ struct Chunk {
         if (DECAY == PER_KEY) {
             for (int k = 0; k < at.Kp; k += L) store(left + k, broadcast(1));
             ivec positive = {};
+            for (int j = 0; j < n; j++) vectors(decay, micro(j).g, j, n, at.K, at.Kp);
             for (int i = 0; i < steps; i++) {
                 float* a = decay + i * at.Kp;
-                vector(a, micro(i).g, i, n, at.K, at.Kp, 1);
                 for (int k = 0; k < at.Kp; k += L) {
                     vec g = load(a + k);
                     positive |= g > 0.0f;
@@ -297,10 +320,11 @@ struct Chunk {
     }
 
     void load_readers() {
+        for (int j = 0; ERASE != NO_ERASE && j < n; j++)
+            if (!micro(j).x_is_y) vectors(readers, micro(j).x, j, n, at.K, at.Kp);
         for (int i = 0; ERASE != NO_ERASE && i < steps; i++) {
             float* x = readers + i * at.Kp;
             const float* from = micro(i).x_is_y ? keys + i * at.Kp : x;
-            if (!micro(i).x_is_y) vector(x, micro(i).x, i, n, at.K, at.Kp, 1);
             cx[i] = coefficient(micro(i).cx, i, micro(i).sx);
             const bool decayed = DECAY != NO_DECAY && micro(i).decayed;
             if (DECAY == PER_HEAD && decayed) cx[i] *= decay[i];
@@ -311,10 +335,10 @@ struct Chunk {
             scale_reader(i, from, cx[i]);
         }
         if (ERASE != NO_ERASE && !outside) clear(scaled, steps);
-        for (int r = 0; r < reads && (gradient || !p.backward_reads); r++) {
-            float* row = readers + (C + r) * at.Kp;
-            vector(row, p.backward_reads ? gradient->read[of_token(r, per_token)].out : read(r).q, r, per_token, at.K, at.Kp, 1);
-            scale_reader(C + r, row, 1);
+        if (gradient || !p.backward_reads) {
+            for (int j = 0; j < per_token; j++)
+                vectors(readers + C * at.Kp, p.backward_reads ? gradient->read[j].out : head.read[j].q, j, per_token, at.K, at.Kp);
+            for (int r = 0; r < reads; r++) scale_reader(C + r, readers + (C + r) * at.Kp, 1);
         }
         if (!outside) clear(scaled + C * at.Kp, reads);
     }

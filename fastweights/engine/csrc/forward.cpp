@@ -54,7 +54,7 @@ struct Forward {
 
     void run(int64_t row) {
         if (ERASE != NO_ERASE || !p.backward_reads) chunk.scores();
-        load_values();
+        chunk.load_u(chunk.values + (ERASE == FREE ? C * at.Vp : 0));
         float* saved = p.values && ERASE != NO_ERASE ? p.values + (row * p.T + chunk.token) * p.n * at.Vp : nullptr;
         if (!usual) return run_any(saved);
         for (int n = 0; n < at.panels; n++) {  // all that is done with a panel of S, while it is in the first cache
@@ -80,14 +80,6 @@ struct Forward {
     }
 
     void write(Panels of) { chunk.write(of, S, S, chunk.ends_rows()); }
-
-    void load_values() {
-        for (int i = 0; i < chunk.steps; i++) {
-            const Micro& m = chunk.micro(i);
-            float* u = chunk.values + (ERASE == FREE ? C + i : i) * at.Vp;
-            chunk.vector(u, m.u, i, chunk.n, at.V, at.Vp, chunk.coefficient(m.cu, i, m.su));
-        }
-    }
 
     // A vector of columns at a time, the values of the chunk in registers; `READ`: query r sees the events up to r, and the values
     // are left as much decayed as they will be at the end of the chunk.
@@ -155,9 +147,7 @@ struct Forward {
     void read_back_queries() {
         float* q = out + C * at.Vp;
         std::memset(q, 0, sizeof(float) * C * at.Vp);
-        for (int r = 0; r < chunk.reads; r++) {
-            chunk.vector(q + r * at.Vp, chunk.read(r).q, r, chunk.per_token, at.V, at.Vp, 1);
-        }
+        for (int j = 0; j < p.reads; j++) chunk.vectors(q, chunk.head.read[j].q, j, chunk.per_token, at.V, at.Vp);
         transpose(turned, C, q, at.Vp, C, at.Vp);
         read_back(chunk.next, at, back, S, turned, C);
         float* rows = chunk.scaled + C * at.Kp;

@@ -39,7 +39,7 @@ struct Backward {
     float *values_turned, *dvalues; // [EVENTS][Vp]
     float *weight, *full;           // [2C][EVENTS] do_r . val_e; the same times the reader's coefficient (and, per head, D)
     float *dreaders, *dkeys;        // [2C][Kp], [EVENTS][Kp]
-    float *turned, *dlog, *row;     // a product with tokens along rows; [C][Kp]
+    float *turned, *dlog;           // a product with tokens along rows; [C][Kp]
     double log_of_head[C];
 
     static int64_t most_tokens(const Problem& p) { return C / (p.n > p.reads ? p.n : p.reads); }
@@ -47,7 +47,7 @@ struct Backward {
     static int64_t size(const Problem& p) {
         Layout at(p);
         return Part::size(at) + (slots(p) + 2) * at.state() + (4 * C + 2 * EVENTS) * at.Vp + 4 * C * EVENTS +
-               (4 * C + EVENTS + C) * at.Kp + at.Kp + at.Vp + 4096;
+               (4 * C + EVENTS + C) * at.Kp + 4096;
     }
 
     Backward(const Problem& problem, const Gradient& gradient)
@@ -59,7 +59,6 @@ struct Backward {
         weight = memory.take(2 * C * EVENTS), full = memory.take(2 * C * EVENTS);
         dreaders = memory.take(2 * C * at.Kp), dkeys = memory.take(EVENTS * at.Kp);
         turned = memory.take(2 * C * at.Kp), dlog = memory.take(C * at.Kp);
-        row = memory.take(at.Kp + at.Vp);
         std::memset(zeros, 0, sizeof(float) * at.state());
     }
 
@@ -256,32 +255,30 @@ struct Backward {
         }
     }
 
-    // One number a micro-step: the sums are few, and kept in double precision.
+    // One number a micro-step: sums over rows, kept in double precision.
     void through_per_head(const float* S) {
         const int steps = chunk.steps;
-        double taken[2 * C], left_there[C] = {}, whole = 0, later = 0, earlier = 0;
+        float taken[2 * C], left_there[EVENTS];
+        double whole = 0, later = 0, earlier = 0;
         for (int k = 0; k < at.Kp; k += L) whole += sum_exactly(row_sums(S, k));
         whole *= chunk.left[steps];
-        each_reader([&](int r, int seen) { taken[r] = through(dreaders + r * at.Kp, chunk.scaled + r * at.Kp, chunk.left[seen]); });
-        for (int e = 0; e < steps; e++)
-            for (int s = 0; s < SETS; s++)
-                left_there[e] += through(dkeys + (s * C + e) * at.Kp, chunk.ends + (s * C + e) * at.Kp, chunk.between[steps * C + e]);
+        row_products(taken, dreaders, chunk.scaled, at.Kp, 2 * C, at.Kp);
+        row_products(left_there, dkeys, chunk.ends, at.Kp, EVENTS, at.Kp);
+        each_reader([&](int r, int seen) { scale(dreaders + r * at.Kp, chunk.left[seen]); });
+        for (int s = 0; s < EVENTS; s += C)
+            for (int e = 0; e < steps; e++) scale(dkeys + (s + e) * at.Kp, chunk.to_end(e));
         for (int l = steps - 1; l >= 0; l--) {
             for (int n = chunk.versions.start[l + 1]; n < chunk.versions.start[l + 2]; n++) later += taken[chunk.versions.reader[n]];
             log_of_head[l] = whole + later;
         }
-        for (int l = 0; l < steps; earlier += left_there[l++]) log_of_head[l] += earlier;
+        for (int l = 0; l < steps; l++) {
+            log_of_head[l] += earlier;
+            for (int s = 0; s < EVENTS; s += C) earlier += left_there[s + l];
+        }
     }
 
-    // The inner product of two rows; the first is then scaled.
-    double through(float* d, const float* row, float by) const {
-        vec inner = {};
-        for (int k = 0; k < at.Kp; k += L) {
-            vec x = load(d + k);
-            inner += x * load(row + k);
-            store(d + k, x * by);
-        }
-        return sum_exactly(inner);
+    INLINE void scale(float* row, float by) const {
+        for (int k = 0; k < at.Kp; k += L) store(row + k, load(row + k) * by);
     }
 
     // dS at the start of the chunk
@@ -374,73 +371,83 @@ struct Backward {
 
     // ---- out ---------------------------------------------------------------------------------------------------------
 
-    // A tensor that several heads share gets the sum over them.
-    INLINE static bool adds(const Tensor& t) { return t.heads != 0; }
-
-    void emit(const Tensor& t, int i, int per, const float* from, int n, float scale) {
-        if (t) store_row(t, chunk.offset(t, i, per), from, n, scale, adds(t));
-    }
-
-    void emit_number(const Tensor& t, int i, double x) {
-        if (!t) return;
-        int64_t of = chunk.offset(t, i, chunk.n);
-        Type type = static_cast<Type>(t.type);
-        store_one(t.data, of, static_cast<float>((adds(t) ? load_one(t.data, of, type) : 0.0f) + x), type);
-    }
-
     // The query of a program on rows is in value space: its gradient is read as an output is.
     void gradient_of_backward_queries(const float* S) {
         float* rows = given_turned;
         read_rows(chunk.next, at, all(at), rows, chunk.scaled + C * at.Kp, S, chunk.reads);
-        for (int r = 0; r < chunk.reads; r++) {
+        for (int r = 0; r < chunk.reads; r++)
             for (int s = 0; s < SETS; s++)
                 combine(rows + r * at.Vp, chunk.score + (C + r) * EVENTS + s * C, 1, chunk.values + s * C * at.Vp, at.Vp,
                         chunk.versions.of[C + r], at.Vp);
-            emit(to.read[chunk.of_token(r, chunk.per_token)].q, r, chunk.per_token, rows + r * at.Vp, at.V, 1);
-        }
+        for (int j = 0; j < p.reads; j++) chunk.put(to.read[j].q, j, chunk.per_token, rows, at.V, at.Vp);
     }
 
     void write_gradients() {
-        for (int r = 0; r < chunk.reads && !p.backward_reads; r++)
-            emit(to.read[chunk.of_token(r, chunk.per_token)].q, r, chunk.per_token, dreaders + (C + r) * at.Kp, at.K, 1);
-        for (int i = 0; i < chunk.steps; i++) {
-            const Micro &m = chunk.micro(i), &d = to.micro[chunk.of_token(i, chunk.n)];
-            if (ERASE != NO_ERASE) gradient_of_x(m, d, i);
-            emit(ERASE == NO_ERASE ? d.w : d.y, i, chunk.n, dkeys + i * at.Kp, at.K, 1);
-            if (ERASE == FREE) emit(d.w, i, chunk.n, dkeys + (C + i) * at.Kp, at.K, 1);
-            gradient_of_u(m, d, i);
-            if (DECAY == PER_KEY) emit(d.g, i, chunk.n, dlog + i * at.Kp, at.K, 1);
-            if (DECAY == PER_HEAD && d.g) emit_number(d.g, i, log_of_head[i]);
+        if (ERASE != NO_ERASE) gradients_of_x();
+        gradients_of_u();
+        for (int j = 0; j < p.reads && !p.backward_reads; j++)
+            chunk.put(to.read[j].q, j, chunk.per_token, dreaders + C * at.Kp, at.K, at.Kp);
+        for (int j = 0; j < p.n; j++) {
+            const Micro& d = to.micro[j];
+            chunk.put(ERASE == NO_ERASE ? d.w : d.y, j, chunk.n, dkeys, at.K, at.Kp);
+            if (ERASE == FREE) chunk.put(d.w, j, chunk.n, dkeys + C * at.Kp, at.K, at.Kp);
+            if (DECAY == PER_KEY) chunk.put(d.g, j, chunk.n, dlog, at.K, at.Kp);
+            if (DECAY == PER_HEAD) put_numbers(d.g, j, log_of_head);
         }
     }
 
-    void gradient_of_x(const Micro& m, const Micro& to, int i) {
-        if (!m.x && !m.x_is_y) return;
-        float *d = dreaders + i * at.Kp, *x = chunk.readers + i * at.Kp;
-        const bool decayed = DECAY != NO_DECAY && m.decayed;
-        const double inner = dot(x, d, at.Kp);
-        const float c = chunk.cx[i];
-        emit_number(to.cx, i, inner * m.sx * (DECAY == PER_HEAD && decayed ? chunk.decay[i] : 1.0f));
-        if (DECAY == PER_HEAD && decayed) log_of_head[i] += static_cast<double>(c) * inner;
-        if (DECAY == PER_KEY && decayed)
-            for (int k = 0; k < at.Kp; k += L) {
-                float* log = dlog + i * at.Kp + k;
-                store(log, load(log) + load(x + k) * load(d + k) * c);
-                store(d + k, load(d + k) * load(chunk.decay + i * at.Kp + k));
-            }
-        if (!m.x_is_y) return emit(to.x, i, chunk.n, d, at.K, c);
-        float* key = dkeys + i * at.Kp;
-        for (int k = 0; k < at.Kp; k += L) store(key + k, load(key + k) + load(d + k) * c);
+    template <class Number>
+    void put_numbers(const Tensor& t, int j, const Number* x) {
+        for (int i = j; t && i < chunk.steps; i += chunk.n) {
+            const int64_t of = chunk.offset(t, i, chunk.n);
+            const Type type = static_cast<Type>(t.type);
+            store_one(t.data, of, static_cast<float>((t.heads ? load_one(t.data, of, type) : 0.0f) + x[i]), type);
+        }
     }
 
-    void gradient_of_u(const Micro& m, const Micro& to, int i) {
-        if (!m.u) return;
-        const float* du = ERASE == TIED ? given + i * at.Vp : dvalues + (ERASE == FREE ? C + i : i) * at.Vp;
-        emit(to.u, i, chunk.n, du, at.V, chunk.coefficient(m.cu, i, m.su));
-        if (!to.cu) return;
-        load_row(row, m.u, chunk.offset(m.u, i, chunk.n), at.V, at.Vp, 1);
-        chunk.next.add(m.u, chunk.offset(m.u, i, chunk.n) + chunk.ahead * m.u.time, at.V);
-        emit_number(to.cu, i, dot(row, du, at.Vp) * m.su);
+    void gradients_of_x() {
+        float inner[C], number[C];
+        row_products(inner, chunk.readers, dreaders, at.Kp, C, at.Kp);
+        for (int i = 0; i < chunk.steps; i++) {
+            const Micro& m = chunk.micro(i);
+            const bool decayed = DECAY != NO_DECAY && m.decayed;
+            number[i] = static_cast<float>(inner[i] * m.sx) * (DECAY == PER_HEAD && decayed ? chunk.decay[i] : 1.0f);
+            if (DECAY == PER_HEAD && decayed) log_of_head[i] += static_cast<double>(chunk.cx[i]) * inner[i];
+            if (DECAY == PER_KEY && decayed) gradient_of_decayed_x(i);
+            if (m.x_is_y) add_to_key(i);
+        }
+        for (int j = 0; j < p.n; j++) {
+            put_numbers(to.micro[j].cx, j, number);
+            if (!chunk.head.micro[j].x_is_y) chunk.put(to.micro[j].x, j, chunk.n, dreaders, at.K, at.Kp, chunk.cx);
+        }
+    }
+
+    void gradient_of_decayed_x(int i) {
+        float *d = dreaders + i * at.Kp, *log = dlog + i * at.Kp;
+        for (int k = 0; k < at.Kp; k += L) {
+            store(log + k, load(log + k) + load(chunk.readers + i * at.Kp + k) * load(d + k) * chunk.cx[i]);
+            store(d + k, load(d + k) * load(chunk.decay + i * at.Kp + k));
+        }
+    }
+
+    void add_to_key(int i) {
+        float *d = dreaders + i * at.Kp, *key = dkeys + i * at.Kp;
+        for (int k = 0; k < at.Kp; k += L) store(key + k, load(key + k) + load(d + k) * chunk.cx[i]);
+    }
+
+    void gradients_of_u() {
+        const float* du = ERASE == TIED ? given : dvalues + (ERASE == FREE ? C * at.Vp : 0);
+        float cu[C], number[C];
+        for (int i = 0; i < chunk.steps; i++) cu[i] = chunk.coefficient(chunk.micro(i).cu, i, chunk.micro(i).su);
+        for (int j = 0; j < p.n; j++) {
+            const Tensor& u = chunk.head.micro[j].u;
+            if (u) chunk.put(to.micro[j].u, j, chunk.n, du, at.V, at.Vp, cu);
+            if (u && to.micro[j].cu) chunk.vectors(given_turned, u, j, chunk.n, at.V, at.Vp);
+        }
+        row_products(number, given_turned, du, at.Vp, C, at.Vp);
+        for (int i = 0; i < chunk.steps; i++) number[i] *= static_cast<float>(chunk.micro(i).su);
+        for (int j = 0; j < p.n; j++)
+            if (chunk.head.micro[j].u) put_numbers(to.micro[j].cu, j, number);
     }
 };
 

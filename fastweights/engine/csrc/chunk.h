@@ -111,6 +111,11 @@ SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, 
     }
 }
 
+SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int rows_stride, int count, int n, const float* scales, int stride) {
+    const bool add = t.heads != 0;  // a head before this one has written the sum so far
+    for (int r = 0; r < count; r++, rows += rows_stride) store_row(t, offset + r * t.time, rows, n, scales ? scales[r * stride] : 1.0f, add);
+}
+
 // ---- products with S, in panels ------------------------------------------------------------------------------------
 
 struct Panels {
@@ -247,6 +252,11 @@ struct Chunk {
     void vectors(float* out, const Tensor& t, int j, int per, int width, int padded, const float* scales = nullptr) {
         load_rows(out + j * padded, per * padded, t, token * t.time, tokens, width, padded, scales ? scales + j : nullptr, per);
         for (int64_t r = 0; t && r < tokens; r++) next.add(t, (token + ahead + r) * t.time, width);
+    }
+
+    // The same rows, given back.
+    void put(const Tensor& t, int j, int per, const float* rows, int width, int padded, const float* scales = nullptr) const {
+        if (t) store_rows(t, token * t.time, rows + j * padded, per * padded, tokens, width, scales ? scales + j : nullptr, per);
     }
 
     // Everything of `count` tokens but their values.

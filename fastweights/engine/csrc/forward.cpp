@@ -131,16 +131,13 @@ struct Forward {
     }
 
     void read_queries() {
-        for (int r = 0; r < chunk.reads; r++) {
+        for (int r = 0; r < chunk.reads && !usual; r++) {
             float* read = out + (C + r) * at.Vp;
-            if (!usual) {
-                if (OUTSIDE) scale(read, chunk.by[C + r], at.Vp);
-                for (int s = 0; s < Part::SETS; s++)
-                    combine(read, chunk.score + (C + r) * Part::EVENTS + s * C, 1, chunk.values + s * C * at.Vp, at.Vp, chunk.versions.of[C + r], at.Vp);
-            }
-            const Tensor& to = chunk.read(r).out;
-            store_row(to, chunk.offset(to, r, chunk.per_token), read, at.V, 1, false);
+            if (OUTSIDE) scale(read, chunk.by[C + r], at.Vp);
+            for (int s = 0; s < Part::SETS; s++)
+                combine(read, chunk.score + (C + r) * Part::EVENTS + s * C, 1, chunk.values + s * C * at.Vp, at.Vp, chunk.versions.of[C + r], at.Vp);
         }
+        for (int j = 0; j < p.reads; j++) chunk.put(chunk.head.read[j].out, j, chunk.per_token, out + C * at.Vp, at.V, at.Vp);
     }
 
     // S q at every query: rows of values times keys
@@ -155,10 +152,7 @@ struct Forward {
         float* weight = chunk.score + C * Part::EVENTS;
         for (int v = 0; v <= chunk.steps; v++) chunk.products(v, out, chunk.values, at.Vp, chunk.score);
         add_keys(rows, weight);
-        for (int r = 0; r < chunk.reads; r++) {
-            const Tensor& to = chunk.read(r).out;
-            store_row(to, chunk.offset(to, r, chunk.per_token), rows + r * at.Kp, at.K, 1, false);
-        }
+        for (int j = 0; j < p.reads; j++) chunk.put(chunk.head.read[j].out, j, chunk.per_token, rows, at.K, at.Kp);
     }
 
     // rows_r = P rows_r + sum over e < p_r of weight_re D(e -> p_r) key_e

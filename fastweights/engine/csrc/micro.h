@@ -226,6 +226,16 @@ INLINE double dot(const float* a, const float* b, int width) {
     return sum_exactly(x);
 }
 
+// out[i] = row i of a . row i of b, for `count` (a multiple of L) rows of the same stride
+SHARED void row_products(float* out, const float* a, const float* b, int stride, int count, int width) {
+    for (int i = 0; i < count; i += L) {
+        vec acc[L] = {};
+        for (int j = 0; j < L; j++)
+            for (int k = 0; k < width; k += L) acc[j] += load(a + (i + j) * stride + k) * load(b + (i + j) * stride + k);
+        store(out + i, sums(acc));
+    }
+}
+
 // The inner products of two rows with L / 2 others: first[j], second[j] = row . others[j].
 INLINE void inner_products(float* first, float* second, const float* row0, const float* row1, const float* others, int stride, int width) {
     vec acc[L] = {};

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, Union
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from rich import box
@@ -77,6 +78,25 @@ class Generate:
     """FILE.py:NAME of a rule of your own that the model was trained with; several with commas."""
     memory: str = ""
     """A file that the stream's memory is read from, if it is there, and written to at the end."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the rules cost on this machine, as shares of its peak and beside what else runs here: tables, JSON and a figure.
+
+    Example: fastweights bench --parts scans decode --shapes A
+    """
+
+    parts: tuple[Literal["scans", "decode", "lengths", "memory", "training"], ...] = (
+        "scans", "decode", "lengths", "memory", "training",
+    )  # fmt: skip
+    """scans: the nine classes of rules; decode: one token; lengths: up to a million tokens; memory; training: a whole model."""
+    shapes: tuple[Literal["A", "B", "C"], ...] = ("A", "B", "C")
+    """A: B1 H4 T2048, 64 x 64; B: B4 H8 T1024, 64 x 64; C: B1 H8 T8192, 128 x 128."""
+    seconds: float = 0.5
+    """For each of the things compared."""
+    out: Path = Path("runs/bench")
+    """The folder that bench.json and bench.png are written to."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +230,6 @@ def _own(options: Train) -> str:
 
 
 def _generate(options: Generate, console: Console) -> int:
-    from pathlib import Path
-
     from .models import Sampler, Stream, load
     from .train.config import layer_names
 
@@ -239,6 +257,13 @@ def _generate(options: Generate, console: Console) -> int:
     return 0
 
 
+def _bench(options: Bench, console: Console) -> int:
+    from .bench import run
+
+    run(options.parts, options.shapes, options.seconds, options.out, console)
+    return 0
+
+
 def _doctor(options: Doctor, console: Console) -> int:
     from .doctor import findings
 
@@ -249,5 +274,5 @@ def _doctor(options: Doctor, console: Console) -> int:
     return 0
 
 
-_RUN: dict[type, Any] = {Rules: _rules, Check: _check, Train: _train, Generate: _generate, Doctor: _doctor}
+_RUN: dict[type, Any] = {Rules: _rules, Check: _check, Train: _train, Generate: _generate, Bench: _bench, Doctor: _doctor}
 _VERBS: Any = Union[tuple(Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())] for verb in _RUN)]  # noqa: UP007

@@ -1,12 +1,15 @@
 """The command line, as a person uses it."""
 
 import io
+import json
 import subprocess
 import sys
 
 import pytest
 
 from fastweights import cli
+from fastweights.bench import scans
+from fastweights.engine.kernels import library
 
 RULES = """
 import torch
@@ -183,3 +186,18 @@ def test_importing_the_package_needs_only_torch():
     code = "import sys, fastweights; print(*sorted({'matplotlib', 'tyro', 'rich', 'safetensors'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not out.strip()
+
+
+@pytest.mark.skipif(library().lib is None, reason=f"no kernels: {library().why}")
+def test_bench_writes_what_it_measured(here, capfd, monkeypatch):
+    for name in scans.SHAPES:
+        monkeypatch.setitem(scans.SHAPES, name, (1, 2, 32, 16))
+    monkeypatch.setattr(scans, "GOALS", {(16, False): 0.0, (16, True): 2.0})
+    code, out, _ = run(capfd, "bench", "--parts", "scans", "decode", "--shapes", "A", "--seconds", "0")
+    assert code == 0
+    assert "Gated DeltaNet" in out
+    found = json.loads((here / "runs/bench/bench.json").read_text())
+    assert len(found["scans"]) == 2 * len(scans.CLASSES)
+    assert all(0 < row["share"] < 1 for row in found["scans"])
+    assert found["decode"]["step"] > 0
+    assert (here / "runs/bench/bench.png").stat().st_size > 10_000

@@ -169,7 +169,7 @@ def choose(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Pl
         size = max(cpu.CHUNK // max(known.program.n, len(known.program.reads)), 1)
         why = f"{affine}: the compiled kernels ({cpu.library().isa}) run it chunk by chunk"
         return Plan("chunk", "cpu", size, _flops(given, known, size), why)
-    return _torchchoose(given, known, form, chunk_size, affine, "" if backend == "torch" else refused)
+    return _torch_plan(given, known, form, chunk_size, affine, "" if backend == "torch" else refused)
 
 
 def _kernels_refuse(given: Inputs, program: Program, form: str, chunk_size: int | None) -> str:
@@ -181,7 +181,7 @@ def _kernels_refuse(given: Inputs, program: Program, form: str, chunk_size: int 
     return cpu.refusal(program, given)
 
 
-def _torchchoose(given: Inputs, known: Trace, form: str, chunk_size: int | None, affine: str, refused: str) -> Plan:
+def _torch_plan(given: Inputs, known: Trace, form: str, chunk_size: int | None, affine: str, refused: str) -> Plan:
     assert known.program is not None
     if form == "auto" and given.T == 1:
         form, why = "recurrent", f"one token: nothing to gain from a chunk; {affine}"

@@ -15,7 +15,6 @@ import fastweights as fw
 from fastweights import Key, KeyVector, LogDecay, Query, Rate, Value, outer
 from fastweights.engine import cpu
 from fastweights.engine.check import distance, example, gradients
-from fastweights.engine.convolution import Part, _in_torch, short_convolution
 from fastweights.engine.kernels import library
 
 pytestmark = pytest.mark.skipif(library().lib is None, reason=f"no kernels: {library().why}")
@@ -400,21 +399,6 @@ def test_a_million_tokens():
     assert y.isfinite().all()
     assert distance(y[:, : T // 2], half) < 1e-6
     assert W.isfinite().all()
-
-
-@pytest.mark.parametrize(("B", "T", "C", "width"), [(2, 130, 48, 4), (1, 5, 7, 2), (3, 64, 40, 8), (2, 1, 33, 3)])
-def test_short_convolution(B, T, C, width):
-    after = (Part(32, True, 8), Part(16, True)) if C == 48 else (Part(C),)
-    draw = torch.Generator().manual_seed(0)
-    x, w, before, weight = (torch.randn(*s, generator=draw) for s in ((B, T, C), (C, width), (B, width - 1, C), (B, T, C)))
-    results = []
-    for run, dtype in ((short_convolution, torch.float32), (_in_torch, torch.float64)):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, w, before)]
-        y = run(*leaves, after)
-        results.append([y, *torch.autograd.grad((y * weight).sum(), leaves)])
-    assert all((a - b).norm() <= 1e-6 * (b.norm() + 1) for a, b in zip(*results, strict=True))
-    across = x.mT.contiguous().mT
-    assert torch.equal(short_convolution(across, w, before, after), short_convolution(x, w, before, after))
 
 
 def test_a_prepared_call_still_refuses_an_unknown_backend():

@@ -438,7 +438,7 @@ struct Backward {
     void gradients_of_u() {
         const float* du = ERASE == TIED ? given : dvalues + (ERASE == FREE ? C * at.Vp : 0);
         float cu[C], number[C];
-        for (int i = 0; i < chunk.steps; i++) cu[i] = chunk.coefficient(chunk.micro(i).cu, i, chunk.micro(i).su);
+        chunk.numbers(cu, &Micro::cu, &Micro::su, 1);
         for (int j = 0; j < p.n; j++) {
             const Tensor& u = chunk.head.micro[j].u;
             if (u) chunk.put(to.micro[j].u, j, chunk.n, du, at.V, at.Vp, cu);

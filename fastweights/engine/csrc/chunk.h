@@ -113,6 +113,14 @@ SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, 
 
 SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int rows_stride, int count, int n, const float* scales, int stride) {
     const bool add = t.heads != 0;  // a head before this one has written the sum so far
+    if (t.channel == 1 && t.type == F32 && n % L == 0 && !add) {
+        float* to = reinterpret_cast<float*>(t.data) + offset;
+        for (int r = 0; r < count; r++, to += t.time, rows += rows_stride) {
+            const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
+            for (int i = 0; i < n; i += L) store(to + i, load(rows + i) * scale);
+        }
+        return;
+    }
     for (int r = 0; r < count; r++, rows += rows_stride) store_row(t, offset + r * t.time, rows, n, scales ? scales[r * stride] : 1.0f, add);
 }
 
@@ -236,16 +244,23 @@ struct Chunk {
     INLINE const float* total() const { return DECAY == NO_DECAY ? one : left + (DECAY == PER_KEY ? steps * at.Kp : steps); }
     static constexpr int TOTAL_STRIDE = DECAY == PER_KEY ? 1 : 0;
 
+    // out[i] = scale times the number of every micro-step; `absent` where there is none
+    void numbers(float* out, Tensor Micro::* which, double Micro::* scale, float absent) const {
+        for (int j = 0; j < n; j++) {
+            const Tensor& t = head.micro[j].*which;
+            const float by = scale ? static_cast<float>(head.micro[j].*scale) : 1.0f;
+            const Type type = static_cast<Type>(t.type);
+            const float* single = t && type == F32 ? reinterpret_cast<const float*>(t.data) + token * t.time : nullptr;
+            for (int i = j, r = 0; i < steps; i += n, r++)
+                out[i] = by * (single ? single[r * t.time] : t ? load_one(t.data, (token + r) * t.time, type) : absent);
+        }
+    }
+
     // The u of every micro-step, times its number
     void load_u(float* rows) {
         float cu[C];
-        for (int i = 0; i < steps; i++) cu[i] = coefficient(micro(i).cu, i, micro(i).su);
+        numbers(cu, &Micro::cu, &Micro::su, 1);
         for (int j = 0; j < n; j++) vectors(rows, micro(j).u, j, n, at.V, at.Vp, cu);
-    }
-
-    // The number that multiplies vector x or u of a micro-step.
-    INLINE float coefficient(const Tensor& t, int i, double scale) const {
-        return t ? static_cast<float>(scale) * load_one(t.data, offset(t, i, n), static_cast<Type>(t.type)) : static_cast<float>(scale);
     }
 
     // A tensor's rows for all tokens of the chunk (rows j, j + per, ... of `out`), each times a number if numbers are given.
@@ -296,11 +311,10 @@ struct Chunk {
             return;
         }
         float g[C] = {};
-        for (int i = 0; i < steps; i++) {
-            if (micro(i).g) g[i] = load_one(micro(i).g.data, offset(micro(i).g, i, n), static_cast<Type>(micro(i).g.type));
-            if (g[i] > 0) *p.positive = 1;
-        }
+        numbers(g, &Micro::g, nullptr, 0);
         for (int i = 0; i < C; i += L) store(decay + i, exponential(load(g + i)));
+        for (int i = 0; i < steps; i++)
+            if (g[i] > 0) *p.positive = 1;
         left[0] = 1;
         for (int i = 0; i < steps; i++) left[i + 1] = left[i] * decay[i];
         for (int e = 0; e < C; e += L) {
@@ -332,10 +346,10 @@ struct Chunk {
     void load_readers() {
         for (int j = 0; ERASE != NO_ERASE && j < n; j++)
             if (!micro(j).x_is_y) vectors(readers, micro(j).x, j, n, at.K, at.Kp);
+        if (ERASE != NO_ERASE) numbers(cx, &Micro::cx, &Micro::sx, 1);
         for (int i = 0; ERASE != NO_ERASE && i < steps; i++) {
             float* x = readers + i * at.Kp;
             const float* from = micro(i).x_is_y ? keys + i * at.Kp : x;
-            cx[i] = coefficient(micro(i).cx, i, micro(i).sx);
             const bool decayed = DECAY != NO_DECAY && micro(i).decayed;
             if (DECAY == PER_HEAD && decayed) cx[i] *= decay[i];
             if (DECAY == PER_KEY && decayed) {
@@ -461,14 +475,26 @@ struct Chunk {
         }
     }
 
+    // the events that some of readers first ... last - 1 see
+    int seen_by(int first, int last) const {
+        int most = 0;
+        for (int r = first; r < last && r % C < (r < C ? steps : reads); r++) most = versions.of[r] > most ? versions.of[r] : most;
+        return most;
+    }
+
     // Where one number decays all keys, it multiplies the scores: they are a product of matrices.
     void scores_at_once() {
         for (int s = 0; s < SETS; s++) {
             transpose(running, C, keys + s * C * at.Kp, at.Kp, C, at.Kp);
-            for (int r = ERASE == NO_ERASE ? C : 0; r < 2 * C; r += 8)
-                for (int e = 0; e < C; e += L)
-                    if (r % C < (r < C ? steps : reads))
-                        tile<8, 1, ZERO>(score + r * EVENTS + s * C + e, EVENTS, (r < C && x_is_key ? keys : readers) + r * at.Kp, at.Kp, 1, running + e, C, at.K, nullptr, nullptr, 0);
+            for (int r = ERASE == NO_ERASE ? C : 0; r < 2 * C; r += 8) {
+                if (r % C >= (r < C ? steps : reads)) continue;
+                const float* rows = (r < C && x_is_key ? keys : readers) + r * at.Kp;
+                float* out = score + r * EVENTS + s * C;
+                if (L > HALF && seen_by(r, r + 8) <= HALF) half_tile(out, EVENTS, rows, at.Kp, running, C, at.K);
+                else
+                    for (int e = 0; e < C; e += L)
+                        tile<8, 1, ZERO>(out + e, EVENTS, rows, at.Kp, 1, running + e, C, at.K, nullptr, nullptr, 0);
+            }
         }
         for (int v = 0; v <= steps; v++)
             for (int n = versions.start[v]; n < versions.start[v + 1]; n++) scale_scores(versions.reader[n], v);

@@ -195,6 +195,18 @@ INLINE void tile(float* c, int c_stride, const float* a, int64_t a_row, int64_t 
         for (int n = 0; n < N; n++) store(c + m * c_stride + n * L, acc[m][n]);
 }
 
+// Eight rows and HALF columns, where the other columns are not needed.
+INLINE void half_tile(float* c, int c_stride, const float* a, int64_t a_row, const float* b, int b_stride, int depth) {
+    half_vec acc[8] = {};
+    for (int d = 0; d < depth; d++) {
+        const half_vec row = *reinterpret_cast<const half_vec*>(b + d * b_stride);
+#pragma GCC unroll 8
+        for (int m = 0; m < 8; m++) acc[m] += a[m * a_row + d] * row;
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < 8; m++) *reinterpret_cast<half_vec*>(c + m * c_stride) = acc[m];
+}
+
 // out += sum over j < count of weights[j * stride] * rows[j], over `width` (a multiple of L) numbers.
 template <int N>
 INLINE void combine_block(float* out, const float* weights, int stride, const float* rows, int row_stride, int count) {

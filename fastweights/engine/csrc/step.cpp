@@ -35,19 +35,23 @@ struct Step {
             const Micro& from = p.micro[m];
             micro[m] = {row(memory, from.x_is_y ? from.y : from.x), row(memory, from.y), row(memory, from.w), row(memory, from.g), 1, 1};
             micro[m].cx = number(from.cx, from.sx), micro[m].cu = number(from.cu, from.su);
-            if (micro[m].a)
-                for (int k = 0; k < Kp; k += L) {
-                    vec g = load(micro[m].a + k);
-                    ivec positive = g > 0.0f;
-                    for (int j = 0; j < L; j++)
-                        if (positive[j]) *p.positive = 1;
-                    store(micro[m].a + k, exponential(g));
-                    if (from.decayed) store(micro[m].x + k, load(micro[m].x + k) * load(micro[m].a + k));
-                }
+            if (micro[m].a) decay(micro[m], from.decayed);
         }
         for (int r = 0; r < p.reads; r++) q[r] = row(memory, p.read[r].q);
         block = memory.take(ROWS * Kp);
         if (p.n == 1 && p.reads == 1 && p.read[0].version == 1) prepare_usual(memory);
+    }
+
+    void decay(StepMicro& m, bool x_too) {
+        ivec positive = {};
+        for (int k = 0; k < Kp; k += L) {
+            vec g = load(m.a + k);
+            positive |= g > 0.0f;
+            store(m.a + k, exponential(g));
+            if (x_too) store(m.x + k, load(m.x + k) * load(m.a + k));
+        }
+        for (int j = 0; j < L; j++)
+            if (positive[j]) *p.positive = 1;
     }
 
     void prepare_usual(Scratch& memory) {
@@ -81,6 +85,8 @@ struct Step {
     }
 
     INLINE vec values(const Tensor& u, int v, int rows, float scale) const {
+        if (u && u.channel == 1 && u.type == F32 && rows == ROWS)
+            return load(reinterpret_cast<const float*>(u.data) + u.offset(b, 0, h, p.H) + v) * scale;
         float out[ROWS] = {};
         for (int i = 0; i < rows && u; i++)
             out[i] = load_one(u.data, u.offset(b, 0, h, p.H) + (v + i) * u.channel, static_cast<Type>(u.type)) * scale;

@@ -47,7 +47,7 @@ def _prepare(given: Inputs, from_zero: bool, time: bool) -> Call | None:
         return None
     if not all(e in names for e in found.tensors):
         return None
-    if not time and (any(step.lag for step in program.steps) or W.stride(-1) != 1):  # csrc/step.cpp
+    if not time and (any(step.lag for step in program.steps) or 1 not in W.stride()[-2:]):  # csrc/step.cpp
         return None
     return Call(given, found, [names[e] for e in found.tensors], from_zero, time)
 

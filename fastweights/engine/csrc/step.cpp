@@ -3,7 +3,8 @@
 //   w <- a * w;  w <- w + (u + w_before . x) y     for each micro-step;      out = w . q     at the version that a query reads
 //
 // A block of rows, small enough for the first cache, is taken through all micro-steps and reads on its way to where the new state
-// belongs, which may be where it came from. There is nothing to save: a step that needs a gradient is a scan of one token.
+// belongs, which may be where it came from. Where a caller keeps W with its values side by side, as (keys x values), a block is a few
+// columns instead. There is nothing to save: a step that needs a gradient is a scan of one token.
 #include <type_traits>
 
 #include "chunk.h"
@@ -27,7 +28,7 @@ struct Step {
     float* decayed_q = nullptr;     // a q, where the one query reads after the one micro-step
     float y_of_q = 0, w_of_q = 0;   // y . q of a step that erases, w . q of a w of its own
 
-    static int64_t size(const Problem& p) { return (4 * C + C + 1 + ROWS) * round_up(p.K, L) + 1024; }
+    static int64_t size(const Problem& p) { return (4 * C + C + 1 + 2 * ROWS) * round_up(p.K, L) + 1024; }
 
     Step(const Problem& problem, int64_t i) : p(problem), b(i / p.H), h(i % p.H), Kp(static_cast<int>(round_up(p.K, L))) {
         Scratch memory{scratch(size(p))};
@@ -38,7 +39,7 @@ struct Step {
             if (micro[m].a) decay(micro[m], from.decayed);
         }
         for (int r = 0; r < p.reads; r++) q[r] = row(memory, p.read[r].q);
-        block = memory.take(ROWS * Kp);
+        block = memory.take(2 * ROWS * Kp);
         if (p.n == 1 && p.reads == 1 && p.read[0].version == 1) prepare_usual(memory);
     }
 
@@ -180,9 +181,96 @@ struct Step {
         read(static_cast<int>(p.n), from, stride, v, count);
     }
 
+    // ---- values side by side: key k of the block is at from + k stride, WIDE values each ---------------------------------
+
+    static constexpr int N = 2, WIDE = N * L;
+    struct Values {
+        vec of[N];
+    };
+
+    // the sum over keys of x_k from_k, and the same with q
+    INLINE void sums_over_keys(const float* from, int64_t stride, const float* x, const float* q_row, Values& seen, Values& read) const {
+        Values a = {}, b = {};
+        for (int64_t k = 0; k < p.K; k++)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; j++) {
+                const vec w = load(from + k * stride + j * L);
+                if (x) a.of[j] += w * x[k];
+                if (q_row) b.of[j] += w * q_row[k];
+            }
+        seen = a, read = b;
+    }
+
+    INLINE Values values_beside(const Tensor& u, int v, int count, float scale) const {
+        float out[WIDE] = {};
+        if (u) load_row(out, u, u.offset(b, 0, h, p.H) + v * u.channel, count, WIDE, scale);
+        Values x;
+        for (int j = 0; j < N; j++) x.of[j] = load(out + j * L);
+        return x;
+    }
+
+    INLINE void give(int r, const Values& x, int v, int count) const {
+        float out[WIDE];
+        for (int j = 0; j < N; j++) store(out + j * L, x.of[j]);
+        const Tensor& t = p.read[r].out;
+        store_row(t, t.offset(b, 0, h, p.H) + v * t.channel, out, count, 1, false);
+    }
+
+    INLINE void advance_beside(float* to, int64_t to_stride, const float* from, int64_t stride, int i, const Values& val, const Values& u) const {
+        const StepMicro& m = micro[i];
+        const bool y = p.erase != NO_ERASE && m.y, w = p.erase != TIED && m.w;
+        for (int64_t k = 0; k < p.K; k++)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; j++) {
+                vec x = load(from + k * stride + j * L);
+                if (m.a) x *= m.a[k];
+                if (y) x += m.y[k] * val.of[j];
+                if (w) x += m.w[k] * u.of[j];
+                store(to + k * to_stride + j * L, x);
+            }
+    }
+
+    INLINE void beside(float* to, int64_t to_stride, const float* from, int64_t stride, int v, int count) const {
+        for (int i = 0; i <= p.n; i++) {
+            for (int r = 0; r < p.reads && !decayed_q; r++) {
+                Values nothing, read;
+                if (p.read[r].version != i) continue;
+                sums_over_keys(from, stride, nullptr, q[r], nothing, read);
+                give(r, read, v, count);
+            }
+            if (i == p.n) break;
+            Values seen, read, u = values_beside(p.micro[i].u, v, count, micro[i].cu), val;
+            const bool erases = p.erase != NO_ERASE && micro[i].x;
+            sums_over_keys(from, stride, erases ? micro[i].x : nullptr, decayed_q, seen, read);
+            for (int j = 0; j < N; j++) {
+                val.of[j] = erases ? seen.of[j] * micro[i].cx : vec{};
+                if (p.erase == TIED) val.of[j] += u.of[j];
+                read.of[j] += val.of[j] * y_of_q + u.of[j] * w_of_q;
+            }
+            if (decayed_q) give(0, read, v, count);
+            advance_beside(to, to_stride, from, stride, i, val, u);
+            from = to, stride = to_stride;
+        }
+    }
+
+    void run_beside(const float* from, float* to) const {
+        for (int v = 0; v < p.V; v += WIDE) {
+            if (v + WIDE <= p.V) {
+                beside(to + v, p.last.channel, from + v, p.first.channel, v, WIDE);
+                continue;
+            }
+            const int count = static_cast<int>(p.V) - v;
+            for (int64_t k = 0; k < p.K; k++)
+                for (int j = 0; j < WIDE; j++) block[k * WIDE + j] = j < count ? from[v + k * p.first.channel + j] : 0;
+            beside(block, WIDE, block, WIDE, v, count);
+            for (int64_t k = 0; k < p.K; k++) std::memcpy(to + v + k * p.last.channel, block + k * WIDE, sizeof(float) * count);
+        }
+    }
+
     void run() const {
         const float* from = reinterpret_cast<const float*>(p.first.data) + b * p.first.batch + h * p.first.head;
         float* to = reinterpret_cast<float*>(p.last.data) + b * p.last.batch + h * p.last.head;
+        if (p.first.channel != 1 && p.first.time == 1 && p.last.time == 1) return run_beside(from, to);
         for (int v = 0; v < p.V; v += ROWS) {
             const float* at = from + v * p.first.time;
             float* there = to + v * p.last.time;

@@ -1,0 +1,1 @@
+"""Other libraries' names and signatures over this engine: ``fastweights.compat.fla``."""

@@ -1,0 +1,331 @@
+"""The functional interface of flash-linear-attention (``fla.ops``) over this engine: code written for it runs on any device.
+
+Change ``from fla.ops... import chunk_gated_delta_rule`` to ``from fastweights.compat.fla import chunk_gated_delta_rule``. Names, order
+of arguments, layouts and defaults are those of fla-core 0.6: q, k (B, T, H, K), v (B, T, H, V), decays as logarithms, a scale of
+K^-1/2, final states (N, H, K, V) in float32 (or (N, H, V, K) with ``state_v_first``), several sequences in one row by ``cu_seqlens``.
+What chunk, fused_chunk and fused_recurrent name there is one function here: the engine chooses. Arguments that only steer their
+kernels are taken and have no effect; what would change the result and is not there raises an error.
+
+>>> import torch
+>>> q = k = v = torch.ones(1, 4, 2, 8)
+>>> o, state = chunk_simple_gla(q, k, v, g=torch.zeros(1, 4, 2), output_final_state=True)
+>>> o.shape, state.shape
+(torch.Size([1, 4, 2, 8]), torch.Size([1, 2, 8, 8]))
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import rules as R
+from ..language.errors import SignalError
+from .sequences import run
+
+Result = tuple[Tensor, "Tensor | None"]
+_WITHOUT_EFFECT = {
+    "cu_seqlens_cpu", "chunk_indices", "chunk_size", "safe_gate", "disable_recompute", "lower_bound", "use_graph", "max_num_seqs",
+    "head_first", "use_cache", "training",
+}  # fmt: skip
+
+
+def _steering(name: str, more: dict[str, Any]) -> None:
+    """Arguments beyond those that are served: harmless, not given, or an error."""
+    for word, value in more.items():
+        if word == "head_first" and value:
+            raise SignalError(f"{name}: head_first is gone; pass (B, T, H, ...)")
+        if word not in _WITHOUT_EFFECT and value not in (None, False):
+            raise SignalError(f"{name}: {word} = {value!r} is not served here; leave it out")
+
+
+def _lower(name: str, g: Tensor, more: dict[str, Any]) -> Tensor:
+    """The log decay that ``use_gate_in_kernel`` makes of what a projection gave."""
+    A_log, dt_bias, bound = more.pop("A_log", None), more.pop("dt_bias", None), more.get("lower_bound")
+    if not more.pop("use_gate_in_kernel", False):
+        return g
+    if A_log is None:
+        raise SignalError(f"{name}: use_gate_in_kernel needs A_log")
+    g = g.float()
+    rate = A_log.float().exp().reshape(-1, *(1,) * (g.ndim - 3))
+    if dt_bias is not None:
+        g = g + dt_bias.float().reshape(g.shape[2:])
+    return -rate * F.softplus(g) if bound is None else bound * torch.sigmoid(rate * g)
+
+
+def _rate(beta: Tensor, more: dict[str, Any]) -> Tensor:
+    if more.pop("use_beta_sigmoid_in_kernel", False):
+        beta = beta.float().sigmoid()
+    return beta * 2 if more.pop("allow_neg_eigval", False) else beta
+
+
+def _same(name: str, function: Any) -> Any:
+    """The function under a second name: the engine chooses the form."""
+
+    @functools.wraps(function)
+    def alias(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    alias.__name__ = alias.__qualname__ = name
+    return alias
+
+
+# ---- rules that erase ------------------------------------------------------------------------------------------------
+
+
+def chunk_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """DeltaNet: W <- W + beta (v - W k) k^T; beta (B, T, H)."""
+    _steering("chunk_delta_rule", more)
+    given = {"q": q, "k": k, "v": v, "beta": beta}
+    return run(
+        R.delta, given, scale=scale, state=initial_state, keep_state=output_final_state, cu_seqlens=cu_seqlens,
+        l2norm=use_qk_l2norm_in_kernel,
+    )  # fmt: skip
+
+
+def chunk_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """Gated DeltaNet: W <- exp(g) W, then the delta rule; g, beta (B, T, H), with fewer heads of q and k if their number divides H."""
+    more |= {"use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel, "allow_neg_eigval": allow_neg_eigval}
+    g, beta = _lower("chunk_gated_delta_rule", g, more), _rate(beta, more)
+    _steering("chunk_gated_delta_rule", more)
+    return run(
+        R.gated_delta, {"q": q, "k": k, "v": v, "beta": beta, "g": g}, scale=scale, state=initial_state, keep_state=output_final_state,
+        value_first=state_v_first, cu_seqlens=cu_seqlens, l2norm=use_qk_l2norm_in_kernel,
+    )  # fmt: skip
+
+
+def fused_recurrent_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, gk: Tensor | None = None, gv: Tensor | None = None,
+    beta: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, **more: Any,
+) -> Result:  # fmt: skip
+    """The same with a decay a head (g), a key (gk), or both; beta is 1 if not given."""
+    if gv is not None:
+        raise SignalError("fused_recurrent_gated_delta_rule: gv, a decay a value, is not served here; leave it out")
+    log = gk if g is None else g if gk is None else g.unsqueeze(-1) + gk
+    log = v.new_zeros(v.shape[:3]) if log is None else log
+    beta = torch.ones_like(v[..., 0]) if beta is None else beta
+    return chunk_gated_delta_rule(q, k, v, log, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, **more)
+
+
+def chunk_kda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, **more: Any,
+) -> Result:  # fmt: skip
+    """Kimi Delta Attention: the same with a decay a key, g (B, T, H, K)."""
+    return chunk_gated_delta_rule(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, **more)
+
+
+def fused_recurrent_kda(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, **more: Any,
+) -> Result:  # fmt: skip
+    more |= {"A_log": A_log, "dt_bias": dt_bias}
+    return chunk_kda(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, **more)
+
+
+def chunk_gated_delta_product(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, num_householder: int, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """DeltaProduct: n = num_householder delta steps a token; k, v, beta have n T rows, and the decay acts once, first."""
+    _steering("chunk_gated_delta_product", more)
+    n = num_householder
+    if k.shape[1] != n * q.shape[1]:
+        raise SignalError(f"chunk_gated_delta_product: k has {k.shape[1]} rows, expected num_householder * T = {n * q.shape[1]}")
+    stacked = {name: x.unflatten(1, (-1, n)).transpose(2, 3) for name, x in (("k", k), ("v", v), ("beta", beta))}
+    if n == 1:
+        stacked = {name: x.squeeze(3) for name, x in stacked.items()}
+    given = {"q": q, **stacked} | ({} if g is None else {"g": g})
+    rule = (R.delta if g is None else R.gated_delta) * n
+    return run(
+        rule, given, scale=scale, state=initial_state, keep_state=output_final_state, cu_seqlens=cu_seqlens, l2norm=use_qk_l2norm_in_kernel
+    )
+
+
+def chunk_gdn2(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """Gated DeltaNet-2: an erase gate a key, b (B, T, H, K), and a write gate a value, w (B, T, H, V)."""
+    g = _lower("chunk_gdn2", g, more)
+    _steering("chunk_gdn2", more)
+    return run(
+        R.erase_write, {"q": q, "k": k, "v": v, "b": b, "w": w, "g": g}, scale=scale, state=initial_state, keep_state=output_final_state,
+        value_first=state_v_first, cu_seqlens=cu_seqlens, l2norm=use_qk_l2norm_in_kernel,
+    )  # fmt: skip
+
+
+def chunk_comba(
+    q: Tensor, k: Tensor, v: Tensor, p: Tensor, g: Tensor, beta: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """Comba: W <- exp(g) W - beta (W p) k^T + beta v k^T, where p reads the undecayed W, as its kernels do."""
+    _steering("chunk_comba", more)
+    if use_qk_l2norm_in_kernel:
+        p = p * torch.rsqrt(p.float().square().sum(-1, keepdim=True) + 1e-6)
+    given = {"q": q, "k": k, "v": v, "p": p, "beta": beta, "d": torch.zeros_like(beta), "g": g}
+    return run(
+        R.comba, given, scale=scale, state=initial_state, keep_state=output_final_state, cu_seqlens=cu_seqlens,
+        l2norm=use_qk_l2norm_in_kernel,
+    )  # fmt: skip
+
+
+def fused_recurrent_comba(q: Tensor, k: Tensor, p: Tensor, v: Tensor, g: Tensor, beta: Tensor, *args: Any, **more: Any) -> Result:
+    """The same; p comes before v here."""
+    return chunk_comba(q, k, v, p, g, beta, *args, **more)
+
+
+def chunk_dplr_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gk: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """A diagonal and a rank-one part: W <- W diag(exp(gk)) + (W a) b^T + v k^T."""
+    reverse = more.pop("reverse", False)
+    _steering("chunk_dplr_delta_rule", more)
+    return run(
+        R.generalised_delta, {"q": q, "k": k, "v": v, "x": a, "y": b, "g": gk}, scale=scale, state=initial_state,
+        keep_state=output_final_state, cu_seqlens=cu_seqlens, reverse=reverse,
+    )  # fmt: skip
+
+
+def chunk_rwkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scale: float | None = 1.0, initial_state: Tensor | None = None,
+    output_final_state: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """RWKV-7: the same with r for the query and w for the log decay a key."""
+    return chunk_dplr_delta_rule(r, k, v, a, b, w, scale, initial_state, output_final_state, cu_seqlens, **more)
+
+
+def fused_recurrent_rwkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = True, cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    return chunk_rwkv7(r, w, k, v, a, b, scale, initial_state, output_final_state, cu_seqlens, **more)
+
+
+# ---- rules that add --------------------------------------------------------------------------------------------------
+
+
+def chunk_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """Gated linear attention: W <- W diag(exp(g)) + v k^T, g (B, T, H, K)."""
+    reverse = more.pop("reverse", False)
+    _steering("chunk_gla", more)
+    return run(
+        R.decayed_hebb, {"q": q, "k": k, "v": v, "g": g}, scale=scale, state=initial_state, keep_state=output_final_state,
+        value_first=state_v_first, cu_seqlens=cu_seqlens, reverse=reverse,
+    )  # fmt: skip
+
+
+def fused_recurrent_gla(
+    q: Tensor, k: Tensor, v: Tensor, gk: Tensor | None = None, gv: Tensor | None = None, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, reverse: bool = False, **more: Any,
+) -> Result:  # fmt: skip
+    if gv is not None:
+        raise SignalError("fused_recurrent_gla: gv, a decay a value, is not served here; leave it out")
+    gk = k.new_zeros(k.shape) if gk is None else gk
+    return chunk_gla(q, k, v, gk, scale, initial_state, output_final_state, reverse=reverse, **more)
+
+
+def chunk_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """A decay a head: g (B, T, H), or g_gamma (H) for all tokens, or their sum."""
+    if g_gamma is not None:
+        fixed = g_gamma.float().expand(*v.shape[:2], -1)
+        g = fixed if g is None else g + fixed
+    g = v.new_zeros(v.shape[:3]) if g is None else g
+    return chunk_gla(q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **more)
+
+
+def chunk_retention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """RetNet: head h decays by 1 - 2^(-5-h)."""
+    gamma = (1 - 2.0 ** (-5.0 - torch.arange(v.shape[2], dtype=torch.float, device=v.device))).log()
+    return chunk_simple_gla(q, k, v, None, gamma, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **more)
+
+
+def fused_recurrent_retention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    reverse: bool = False, **more: Any,
+) -> Result:  # fmt: skip
+    return chunk_retention(q, k, v, scale, initial_state, output_final_state, reverse=reverse, **more)
+
+
+def chunk_lightning_attn(
+    q: Tensor, k: Tensor, v: Tensor, layer_idx: int, num_layers: int, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """Lightning attention: fixed decays that grow weaker from layer to layer."""
+    H = v.shape[2]
+    gamma = -(8 / H * (1 - layer_idx / num_layers)) * torch.arange(H, dtype=torch.float, device=v.device)
+    return chunk_simple_gla(q, k, v, None, gamma, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **more)
+
+
+def chunk_rwkv6(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
+) -> Result:  # fmt: skip
+    """RWKV-6: read first, with a bonus u (H, K) for the new token, then decay by exp(w) and write."""
+    reverse = more.pop("reverse", False)
+    _steering("chunk_rwkv6", more)
+    given = {"q": r, "k": k, "v": v, "u": u.expand(*k.shape), "g": w}
+    return run(R.bonus_hebb, given, scale=scale, state=initial_state, keep_state=output_final_state, cu_seqlens=cu_seqlens, reverse=reverse)
+
+
+def chunk_linear_attn(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Any = None, output_final_state: bool = False,
+    normalize: bool = True, cu_seqlens: Tensor | None = None, **more: Any,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """Linear attention, y = W q, divided by (sum of keys) . q if normalised; the state is then (W, sum of keys (N, 1, H, K))."""
+    reverse = more.pop("reverse", False)
+    _steering("chunk_linear_attn", more)
+    W, z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    how = {"scale": scale, "keep_state": output_final_state, "cu_seqlens": cu_seqlens, "reverse": reverse}
+    o, W = run(R.hebb, {"q": q, "k": k, "v": v}, state=W, **how)
+    if not normalize:
+        return o, W
+    sums = {"q": q.float(), "k": k.float(), "v": torch.ones_like(k[..., :1], dtype=torch.float32)}  # the keys' sum is one more value
+    below, z = run(R.hebb, sums, state=None if z is None else z.squeeze(1).unsqueeze(-1), **how)
+    o = (o.float() / (below + 1e-10)).to(o.dtype)
+    return o, None if W is None or z is None else (W, z.squeeze(-1).unsqueeze(1))
+
+
+def fused_recurrent_linear_attn(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Any = None, output_final_state: bool = False,
+    reverse: bool = False, normalize: bool = False, **more: Any,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, reverse=reverse, **more)
+
+
+fused_chunk_delta_rule = _same("fused_chunk_delta_rule", chunk_delta_rule)
+fused_recurrent_delta_rule = _same("fused_recurrent_delta_rule", chunk_delta_rule)
+fused_chunk_gla = _same("fused_chunk_gla", chunk_gla)
+fused_chunk_simple_gla = _same("fused_chunk_simple_gla", chunk_simple_gla)
+fused_recurrent_simple_gla = _same("fused_recurrent_simple_gla", chunk_simple_gla)
+fused_chunk_retention = _same("fused_chunk_retention", chunk_retention)
+fused_chunk_linear_attn = _same("fused_chunk_linear_attn", chunk_linear_attn)
+fused_recurrent_lightning_attn = _same("fused_recurrent_lightning_attn", chunk_lightning_attn)
+fused_recurrent_rwkv6 = _same("fused_recurrent_rwkv6", chunk_rwkv6)
+fused_recurrent_dplr_delta_rule = _same("fused_recurrent_dplr_delta_rule", chunk_dplr_delta_rule)
+fused_recurrent_gdn2 = _same("fused_recurrent_gdn2", chunk_gdn2)

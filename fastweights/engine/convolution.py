@@ -44,14 +44,15 @@ def l2_normalised(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _EPSILON)
 
 
-def short_convolution(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...] = ()) -> Tensor:
-    """y_t = norm(silu(sum_j weight_j x_{t - width + 1 + j})): a causal convolution of each channel with its own weights.
+def short_convolution(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...] = (), bias: Tensor | None = None) -> Tensor:
+    """y_t = norm(silu(bias + sum_j weight_j x_{t - width + 1 + j})): a causal convolution of each channel with its own weights.
 
     Args:
         x: (B, T, C), at any strides.
         weight: (C, width).
         before: (B, width - 1, C), the inputs before x.
         parts: what follows the convolution, channel by channel (``Part``); nothing by default.
+        bias: (C,), added before what follows.
 
     Runs on the compiled kernels where they are (float32 and 16 bits on a CPU, width 2 to 8), else in torch.
 
@@ -59,25 +60,24 @@ def short_convolution(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Pa
     >>> short_convolution(x, torch.ones(2, 2), torch.zeros(1, 1, 2))[0, :, 0].tolist()
     [1.0, 2.0, 2.0]
     """
-    return _convolution(
-        x, weight, before, [n for part in parts or (Part(x.shape[-1]),) for n in (part.channels, int(part.silu), part.group)]
-    )
+    spec = [n for part in parts or (Part(x.shape[-1]),) for n in (part.channels, int(part.silu), part.group)]
+    return _convolution(x, weight, before, bias, spec)
 
 
 @torch.compiler.allow_in_graph
-def _convolution(x: Tensor, weight: Tensor, before: Tensor, spec: list[int]) -> Tensor:
+def _convolution(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, spec: list[int]) -> Tensor:
     compiled = x.device.type == "cpu" and x.dtype in TYPES and weight.shape[1] in WIDTHS and library().lib is not None
     transformed = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
     if compiled and not transformed and x.shape[1]:
-        return torch.ops.fastweights.convolve(x, weight, before.to(x.dtype), spec)
-    return _in_torch(
-        x, weight, before, tuple(Part(n, bool(silu), group) for n, silu, group in zip(*(spec[i::3] for i in range(3)), strict=True))
-    )
+        return torch.ops.fastweights.convolve(x, weight, before.to(x.dtype), bias, spec)
+    parts = tuple(Part(n, bool(silu), group) for n, silu, group in zip(*(spec[i::3] for i in range(3)), strict=True))
+    return _in_torch(x, weight, before, parts, bias)
 
 
-def _in_torch(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...]) -> Tensor:
+def _in_torch(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...], bias: Tensor | None = None) -> Tensor:
     extended, steps = torch.cat([before.to(x.dtype), x], 1), x.shape[1]
     z = torch.stack([extended[:, j : j + steps] * weight[:, j] for j in range(weight.shape[1])]).sum(0)
+    z = z if bias is None else z + bias
     done = []
     for part, s in zip(parts, z.split([p.channels for p in parts], -1), strict=True):
         s = F.silu(s) if part.silu else s
@@ -86,58 +86,71 @@ def _in_torch(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...]
 
 
 _ops = torch.library.Library("fastweights", "FRAGMENT")
-_ops.define("convolve(Tensor x, Tensor weight, Tensor before, int[] parts) -> Tensor")
-_ops.define("convolve_backward(Tensor grad, Tensor x, Tensor weight, Tensor before, int[] parts) -> (Tensor, Tensor, Tensor)")
+_ops.define("convolve(Tensor x, Tensor weight, Tensor before, Tensor? bias, int[] parts) -> Tensor")
+_ops.define(
+    "convolve_backward(Tensor grad, Tensor x, Tensor weight, Tensor before, Tensor? bias, int[] parts) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
-def _problem(x: Tensor, weight: Tensor, before: Tensor, parts: list[int]) -> tuple[_CConvolution, Tensor]:
+def _problem(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, parts: list[int]) -> tuple[_CConvolution, list[Tensor]]:
     B, T, channels = x.shape
-    turned = weight.detach().float().t().contiguous()
+    single = [weight.detach().float().t().contiguous(), *([] if bias is None else [bias.detach().float().contiguous()])]
     ends = [sum(parts[: i + 1 : 3]) for i in range(0, len(parts), 3)]
     c = _CConvolution(B, T, channels, weight.shape[1], len(ends))
     c.part = array(_CPart, [_CPart(end, *parts[3 * i + 1 : 3 * i + 3]) for i, end in enumerate(ends)])
-    c.weight, c.x, c.before, c.threads = turned.data_ptr(), _rows(x), _rows(before), torch.get_num_threads()
-    return c, turned  # which must live as long as the call
+    c.weight, c.x, c.before, c.threads = single[0].data_ptr(), _rows(x), _rows(before), torch.get_num_threads()
+    if bias is not None:
+        c.bias = single[1].data_ptr()
+    return c, single  # which must live as long as the call
 
 
 def _rows(x: Tensor) -> CTensor:
     return tensor(x.unsqueeze(2)) if x.shape[1] else NOTHING
 
 
-def _convolve(x: Tensor, weight: Tensor, before: Tensor, parts: list[int]) -> Tensor:
-    c, _weight = _problem(x, weight, before, parts)
+def _convolve(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, parts: list[int]) -> Tensor:
+    c, _single = _problem(x, weight, before, bias, parts)
     y = large(torch.empty(x.shape, dtype=x.dtype))
     c.y = _rows(y)
     library().lib.fastweights_convolve(ctypes.byref(c))  # type: ignore[union-attr]
     return y
 
 
-def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, before: Tensor, parts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    c, _weight = _problem(x, weight, before, parts)
+def _convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, parts: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c, _single = _problem(x, weight, before, bias, parts)
     dx, dbefore = large(torch.empty(x.shape, dtype=x.dtype)), torch.empty(before.shape, dtype=before.dtype)
     lib = library().lib
     assert lib is not None
     sums = torch.empty(x.shape[0] * -(-x.shape[1] // lib.fastweights_convolution_run()), weight.shape[1] + 1, x.shape[2])
     c.dy, c.dx, c.dbefore, c.sums = _rows(grad), _rows(dx), _rows(dbefore), sums.data_ptr()
     lib.fastweights_convolve_backward(ctypes.byref(c))
-    return dx, sums[:, :-1].sum(0).t().to(weight.dtype), dbefore
+    total = sums.sum(0)
+    return dx, total[:-1].t().to(weight.dtype), dbefore, total[-1].to(weight.dtype if bias is None else bias.dtype)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, before, ctx.parts = inputs
-    ctx.save_for_backward(x, weight, before)
+    x, weight, before, bias, ctx.parts = inputs
+    ctx.save_for_backward(x, weight, before, bias)
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
-    return *torch.ops.fastweights.convolve_backward(grad, *ctx.saved_tensors, ctx.parts), None
+    *grads, dbias = torch.ops.fastweights.convolve_backward(grad, *ctx.saved_tensors, ctx.parts)
+    return *grads, None if ctx.saved_tensors[3] is None else dbias, None
 
 
 _ops.impl("convolve", _convolve, "CPU")
 _ops.impl("convolve_backward", _convolve_backward, "CPU")
-torch.library.register_fake("fastweights::convolve", lambda x, weight, before, parts: x.new_empty(x.shape), lib=_ops)
+torch.library.register_fake("fastweights::convolve", lambda x, weight, before, bias, parts: x.new_empty(x.shape), lib=_ops)
 torch.library.register_fake(
     "fastweights::convolve_backward",
-    lambda grad, x, weight, before, parts: (x.new_empty(x.shape), torch.empty_like(weight), before.new_empty(before.shape)),
+    lambda grad, x, weight, before, bias, parts: (
+        x.new_empty(x.shape),
+        torch.empty_like(weight),
+        before.new_empty(before.shape),
+        (weight if bias is None else bias).new_empty(x.shape[2]),
+    ),
     lib=_ops,
 )
 torch.library.register_autograd("fastweights::convolve", _backward, setup_context=_setup, lib=_ops)

@@ -26,7 +26,10 @@ def reference(path, name):
 
 def draw(T=37, H=2, K=8, V=5, channel=False, n=1):
     g = torch.Generator().manual_seed(0)
-    r = lambda *s: torch.randn(2, *s, generator=g)
+
+    def r(*shape):
+        return torch.randn(2, *shape, generator=g)
+
     return {
         "q": r(T, H, K), "k": F.normalize(r(T * n, H, K), dim=-1), "v": r(T * n, H, V), "beta": r(T * n, H).sigmoid(),
         "g": -F.softplus(r(T, H, K) if channel else r(T, H)), "S": torch.randn(2, H, K, V, generator=g),

@@ -10,11 +10,11 @@ from fastweights.engine.convolution import Part, _in_torch, short_convolution
 def test_short_convolution(B, T, C, width):
     after = (Part(32, True, 8), Part(16, True)) if C == 48 else (Part(C),)
     draw = torch.Generator().manual_seed(0)
-    x, w, before, weight = (torch.randn(*s, generator=draw) for s in ((B, T, C), (C, width), (B, width - 1, C), (B, T, C)))
+    x, w, before, bias, weight = (torch.randn(*s, generator=draw) for s in ((B, T, C), (C, width), (B, width - 1, C), (C,), (B, T, C)))
     results = []
     for run, dtype in ((short_convolution, torch.float32), (_in_torch, torch.float64)):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, w, before)]
-        y = run(*leaves, after)
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w, before, bias)]
+        y = run(*leaves[:3], after, leaves[3])
         results.append([y, *torch.autograd.grad((y * weight).sum(), leaves)])
     assert all((a - b).norm() <= 1e-6 * (b.norm() + 1) for a, b in zip(*results, strict=True))
     across = x.mT.contiguous().mT

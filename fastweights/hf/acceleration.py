@@ -1,0 +1,284 @@
+"""Other people's models on this engine: the functions that transformers' layers call are exchanged while it is switched on.
+
+The seams are the names that a layer looks up in its module when it runs (transformers 5.15 and later), or the attributes that it took
+them into when it was made (before). On a processor a call that is served runs here; any other call, and every call on another device,
+goes to the function that was there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import functions
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function of transformers: its names (in a module; on a layer), what its signature must have, and what stands in for it."""
+
+    name: str
+    attribute: str | None
+    needs: tuple[str, ...]
+    instead: Function
+    serves: Function
+
+
+_DELTA = ("query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
+_SSD = ("hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "initial_states", "dt_softplus", "dt_limit", "return_final_states")
+_SSD_STEP = ("state", "hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus")
+SEAMS = (
+    Seam("torch_chunk_gated_delta_rule", "chunk_gated_delta_rule", _DELTA, functions.gated_delta, functions.serves_delta),
+    Seam("torch_recurrent_gated_delta_rule", "recurrent_gated_delta_rule", _DELTA, functions.gated_delta, functions.serves_delta),
+    Seam("chunk_kimi_delta_attention", None, _DELTA, functions.gated_delta, functions.serves_delta),
+    Seam("recurrent_kimi_delta_attention", None, _DELTA, functions.gated_delta, functions.serves_delta),
+    Seam("mamba2_chunk_scan", None, _SSD, functions.ssd, functions.serves_ssd),
+    Seam("mamba2_selective_state_update", None, _SSD_STEP, functions.ssd_step, functions.serves_ssd_step),
+    Seam("causal_conv1d_fn", None, ("hidden_states", "weight", "bias", "activation"), functions.conv, functions.serves_conv),
+    Seam(
+        "causal_conv1d_update", None, ("hidden_states", "conv_state", "weight", "bias", "activation"),
+        functions.conv_step, functions.serves_conv_step,
+    ),
+)  # fmt: skip
+_BY_NAME = {seam.name: seam for seam in SEAMS}
+# Layers whose rule this engine has, but which call no function that could be exchanged.
+_CLOSED = {"MiniMaxLightningAttention": "its rule is written into its forward", "xLSTMLayer": "its functions are taken at construction"}
+
+
+class _Switch(threading.local):
+    """Whether calls are exchanged in this thread because an accelerated layer is running."""
+
+    depth = 0
+
+
+_here, _everywhere = _Switch(), [0]
+
+
+@dataclass
+class Report:
+    """What was exchanged, as "module.function", and what was refused, with the reason."""
+
+    exchanged: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def _exchange(original: Function, seam: Seam) -> Function:
+    @functools.wraps(getattr(original, "forward", original))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if (_everywhere[0] or _here.depth) and _on_processor(args, kwargs) and seam.serves(*args, **kwargs):
+            return seam.instead(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    call.fastweights_original = original  # type: ignore[attr-defined]
+    if hasattr(original, "kernel_layer_name"):
+        call.kernel_layer_name = original.kernel_layer_name  # type: ignore[attr-defined]
+    return call
+
+
+def _on_processor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return all(x.device.type == "cpu" for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+
+
+def _unfit(function: Function, seam: Seam) -> str:
+    """Why a function is not the one that the seam knows; nothing if it is."""
+    plain = inspect.unwrap(getattr(function, "forward", function))
+    try:
+        has = inspect.signature(plain).parameters
+    except (TypeError, ValueError):
+        return "its signature cannot be read"
+    missing = [n for n in seam.needs if n not in has]
+    return f"it takes no {', '.join(missing)}: this version of transformers is not known here" if missing else ""
+
+
+def _is_modeling(name: str) -> bool:
+    return name.startswith("transformers.models.") and name.rpartition(".")[2].startswith("modeling_")
+
+
+class _Exchanges:
+    """All functions that are exchanged now, and how many users each module has."""
+
+    def __init__(self) -> None:
+        self.users: dict[str, int] = {}
+
+    def add(self, module: ModuleType, report: Report) -> None:
+        self.users[module.__name__] = self.users.get(module.__name__, 0) + 1
+        for name, seam in _BY_NAME.items():
+            found = module.__dict__.get(name)
+            if found is None:
+                continue
+            where = f"{module.__name__.rpartition('.')[2]}.{name}"
+            if hasattr(found, "fastweights_original"):
+                report.exchanged.append(where)
+            elif why := _unfit(found, seam):
+                report.refused[where] = why
+            else:
+                setattr(module, name, _exchange(found, seam))
+                report.exchanged.append(where)
+        for name, why in _CLOSED.items():
+            if name in module.__dict__:
+                report.refused[f"{module.__name__.rpartition('.')[2]}.{name}"] = why
+
+    def remove(self, name: str) -> None:
+        self.users[name] -= 1
+        if self.users[name]:
+            return
+        del self.users[name]
+        for function in _BY_NAME if name in sys.modules else ():
+            found = sys.modules[name].__dict__.get(function)
+            if found is not None and hasattr(found, "fastweights_original"):
+                setattr(sys.modules[name], function, found.fastweights_original)
+
+
+_exchanges = _Exchanges()
+
+
+class _Later(importlib.abc.MetaPathFinder):
+    """Exchanges the functions of models that are imported later."""
+
+    def __init__(self, imported: Callable[[ModuleType], None]) -> None:
+        self.imported = imported
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if not _is_modeling(name):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                self.imported(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+class enable:
+    """Run the linear-attention layers of transformers on this engine, wherever they run on a processor.
+
+    ``enable()`` holds until ``disable()``, or for a block: ``with enable() as report: ...``. Models that are already loaded, and
+    those that are loaded later, are the same to it. Gated delta (Qwen3-Next, Qwen3.5, OLMo-hybrid), KDA (Kimi-Linear,
+    Bailing-hybrid) and Mamba-2 with its relatives run forward, backward and token by token, their short convolutions too, and
+    packed sequences work. ``report`` says what was exchanged, and what was refused and why.
+
+    >>> from fastweights import hf
+    >>> with hf.enable() as report:
+    ...     pass
+    """
+
+    _active: list[enable] = []
+
+    def __init__(self) -> None:
+        self.report = Report()
+        self.modules: list[str] = []
+        self.later = _Later(self._add)
+        for name in [n for n in sys.modules if _is_modeling(n)]:
+            self._add(sys.modules[name])
+        sys.meta_path.insert(0, self.later)
+        _everywhere[0] += 1
+        enable._active.append(self)
+
+    def _add(self, module: ModuleType) -> None:
+        _exchanges.add(module, self.report)
+        self.modules.append(module.__name__)
+
+    def __enter__(self) -> Report:
+        return self.report
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def undo(self) -> None:
+        """Everything as it was; a second time does nothing."""
+        if self not in enable._active:
+            return
+        enable._active.remove(self)
+        sys.meta_path.remove(self.later)
+        _everywhere[0] -= 1
+        for name in self.modules:
+            _exchanges.remove(name)
+
+
+def disable() -> None:
+    """End every ``enable()``."""
+    for one in list(enable._active):
+        one.undo()
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Run the layers of one model on this engine, where they run on a processor; ``restore(model)`` ends it.
+
+    >>> import torch
+    >>> from fastweights import hf
+    >>> hf.accelerate(torch.nn.Linear(2, 2)).exchanged
+    []
+    """
+    report = Report()
+    for layer in _layers(model):
+        module = sys.modules[type(layer).__module__]
+        if "fastweights_module" in layer.__dict__:
+            continue
+        _exchanges.add(module, report)
+        layer.__dict__["fastweights_module"] = module.__name__
+        layer.__dict__["forward"] = _running(layer)
+        for seam in SEAMS:  # before 5.15 a layer keeps its functions
+            held = getattr(layer, seam.attribute, None) if seam.attribute else None
+            if callable(held) and not hasattr(held, "fastweights_original") and not _unfit(held, seam):
+                setattr(layer, seam.attribute, _exchange(held, seam))  # type: ignore[arg-type]
+    report.exchanged = sorted(set(report.exchanged))
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """The layers of the model as they were before ``accelerate``."""
+    for layer in model.modules():
+        name = layer.__dict__.pop("fastweights_module", None)
+        if name is None:
+            continue
+        del layer.__dict__["forward"]
+        for seam in SEAMS:
+            held = layer.__dict__.get(seam.attribute) if seam.attribute else None
+            if held is not None and hasattr(held, "fastweights_original"):
+                setattr(layer, seam.attribute, held.fastweights_original)  # type: ignore[arg-type]
+        _exchanges.remove(name)
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers whose own forward looks up a function that can be exchanged."""
+    for layer in model.modules():
+        name = type(layer).__module__
+        if not _is_modeling(name) or name not in sys.modules:
+            continue
+        code = inspect.unwrap(type(layer).forward).__code__
+        if any(seam.name in code.co_names for seam in SEAMS) or type(layer).__name__ in _CLOSED:
+            yield layer
+        elif any(seam.attribute and seam.attribute in layer.__dict__ for seam in SEAMS):
+            yield layer
+
+
+def _running(layer: nn.Module) -> Function:
+    plain = layer.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        _here.depth += 1
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            _here.depth -= 1
+
+    return forward

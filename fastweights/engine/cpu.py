@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _DECAYS, _ERASES = ("none", "scalar", "key"), ("none", "tied", "free")
 SLOTS = ("x", "y", "u", "w", "cx", "cu", "g")
+MOST_TOGETHER = 4  # heads that share a tensor and are done in turn in the backward pass
 SEGMENT = 128  # tokens between checkpoints of the state
 
 
@@ -259,7 +260,8 @@ def _scan_backward(
     grad_last: Tensor | None, spec: list[int], scales: list[float], needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     shape = Shape(tensors, first, spec)
-    grads = [large(g) for g in _scan_backward_fake(tensors, first, reset, values, checkpoints, grad_out, grad_last, spec, scales, needed)]
+    block = _block(shape.H, [t.shape[2] for t in tensors])
+    grads = [large(g) for g in _buffers(tensors, first, needed, block)]
     p = shape.problem(tensors, first, reset, scales, [kernels.NOTHING] * shape.reads)
     p.values, p.checkpoints = values.data_ptr(), checkpoints.data_ptr()
     unused = ctypes.c_int64(0)
@@ -284,21 +286,34 @@ def _scan_backward(
     grad = CGradient(array(CMicro, micro), array(CRead, reads))
     grad.first = state(grads[-1]) if needed[-1] else kernels.NOTHING
     grad.last = state(grad_last)
-    grad.groups = math.gcd(shape.H, *(t.shape[2] for t in tensors))
+    grad.groups = shape.H // block
     library().lib.fastweights_backward(ctypes.byref(p), ctypes.byref(grad))  # type: ignore[union-attr]
     for i, more in extra:
         grads[i] += more
+    for i, t in enumerate(tensors):
+        if needed[i] and grads[i].shape != t.shape:
+            grads[i] = grads[i].unflatten(2, (t.shape[2], -1)).sum(3)
     return [g.to(t.dtype) for g, t in zip(grads, [*tensors, first], strict=True)]
 
 
-def _scan_backward_fake(
-    tensors: Any, first: Any, reset: Any, values: Any, checkpoints: Any, grad_out: Any, grad_last: Any, spec: Any, scales: Any, needed: Any
-) -> Any:
-    """Empty gradients, with nothing in those that are not needed; of heads that share a tensor they are summed in float32."""
-    grads = []
+def _block(H: int, heads: list[int]) -> int:
+    """Heads that are done in turn: those that share a tensor, but no more than a few, for the others are work for other threads.
+
+    The number depends on nothing but the program's heads, so that the order of every sum does too.
+    """
+    shared = [H // h for h in heads]
+    together = H // math.gcd(H, *heads)
+    fits = [b for b in range(min(together, MOST_TOGETHER), 0, -1) if all(s % b == 0 or b % s == 0 for s in shared)]
+    return next((b for b in fits if together % b == 0), together)
+
+
+def _buffers(tensors: list[Tensor], first: Tensor, needed: list[bool], block: int) -> list[Tensor]:
+    """Empty gradients, with nothing in those that are not needed; of heads that share a tensor float32 sums over each block of heads."""
+    H, grads = first.shape[1], []
     for t, wanted in zip(tensors, needed, strict=False):
-        dtype = torch.float32 if t.shape[2] != first.shape[1] else t.dtype
-        grads.append(torch.empty(t.shape if wanted else (0,), dtype=dtype, device=t.device))
+        heads = H // min(H // t.shape[2], block)
+        shape = (*t.shape[:2], heads, *t.shape[3:]) if wanted else (0,)
+        grads.append(torch.empty(shape, dtype=t.dtype if t.shape[2] == H else torch.float32, device=t.device))
     return [*grads, torch.empty(first.shape if needed[-1] else (0,), device=first.device)]
 
 
@@ -348,10 +363,8 @@ torch.library.register_fake("fastweights::scan", _scan_fake, lib=_library)
 torch.library.register_fake(
     "fastweights::scan_backward",
     lambda tensors, first, reset, values, checkpoints, go, gl, spec, scales, needed: [
-        g.to(t.dtype)
-        for g, t in zip(
-            _scan_backward_fake(tensors, first, reset, values, checkpoints, go, gl, spec, scales, needed), [*tensors, first], strict=True
-        )
+        torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else t.new_empty(0)
+        for t, wanted in zip([*tensors, first], needed, strict=True)
     ],
     lib=_library,
 )

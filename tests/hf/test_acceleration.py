@@ -1,0 +1,211 @@
+"""Models of transformers compute the same with our functions in the place of theirs, and are as they were afterwards."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import models  # noqa: E402
+
+from fastweights import hf  # noqa: E402
+from fastweights.engine.kernels import library  # noqa: E402
+from fastweights.hf import acceleration  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+IDS = torch.randint(3, 97, (2, 50), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, ids=IDS, **more):
+    with torch.no_grad():
+        return model(ids, **more).logits
+
+
+def close(a, b, bound=1e-5):
+    assert (a - b).norm() <= bound * b.norm()
+
+
+@pytest.fixture(params=list(models.FAMILIES))
+def model(request):
+    return models.build(request.param)
+
+
+def calls(monkeypatch):
+    """How often each of our functions is entered."""
+    seen = []
+    for name, seam in acceleration._BY_NAME.items():
+
+        def counted(*args, name=name, instead=seam.instead, **kwargs):
+            seen.append(name)
+            return instead(*args, **kwargs)
+
+        monkeypatch.setitem(acceleration._BY_NAME, name, acceleration.Seam(name, seam.attribute, seam.needs, counted, seam.serves))
+    return seen
+
+
+def test_logits_and_generation_are_the_same(model, monkeypatch):
+    seen = calls(monkeypatch)
+    plain, written = logits(model), model.generate(IDS[:, :11], max_new_tokens=12, do_sample=False)
+    assert not seen
+    with hf.enable() as report:
+        close(logits(model), plain)
+        assert len(set(seen)) >= 2
+        seen.clear()
+        assert torch.equal(model.generate(IDS[:, :11], max_new_tokens=12, do_sample=False), written)
+        assert len(set(seen)) == 4  # the scan, its step, the convolution and its step
+    assert report.exchanged
+    assert torch.equal(logits(model), plain)
+
+
+def test_gradients_are_the_same(model):
+    grads = []
+    for fast in (False, True):
+        model.zero_grad()
+        if fast:
+            hf.enable()
+        model.train()(IDS, labels=IDS).loss.backward()
+        hf.disable()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, g in grads[0].items():
+        close(grads[1][name], g + 1e-12, 2e-4)
+
+
+def test_left_padding(model):
+    mask = torch.ones_like(IDS)
+    mask[1, :7] = 0
+    plain = logits(model, attention_mask=mask)
+    with hf.enable():
+        close(logits(model, attention_mask=mask)[mask.bool()], plain[mask.bool()])
+
+
+def test_bfloat16(model):
+    model = model.bfloat16()
+    plain = logits(model).float()
+    with hf.enable():
+        close(logits(model).float(), plain, 0.05)
+
+
+def test_one_model_and_back(monkeypatch):
+    seen = calls(monkeypatch)
+    mine, other = models.build("qwen3_next"), models.build("qwen3_next")
+    plain = logits(mine)
+    report = hf.accelerate(mine)
+    assert "modeling_qwen3_next.torch_chunk_gated_delta_rule" in report.exchanged
+    assert torch.equal(logits(other), plain)
+    assert not seen
+    close(logits(mine), plain)
+    assert seen
+    hf.restore(mine)
+    seen.clear()
+    assert torch.equal(logits(mine), plain)
+    assert not seen
+    assert "forward" not in mine.model.layers[0].linear_attn.__dict__
+
+
+def test_nested_switches_end_one_by_one():
+    module = sys.modules["transformers.models.qwen3_next.modeling_qwen3_next"]
+    original = module.torch_chunk_gated_delta_rule
+    with hf.enable():
+        with hf.enable():
+            pass
+        assert module.torch_chunk_gated_delta_rule is not original
+    assert module.torch_chunk_gated_delta_rule is original
+    hf.disable()
+
+
+def test_packed_sequences_work():
+    model = models.build("qwen3_next")
+    layer = model.model.layers[0].linear_attn
+    x, ends = torch.randn(1, 30, 64), torch.tensor([0, 12, 30], dtype=torch.int32)
+    alone = [layer(x[:, a:b]) for a, b in ((0, 12), (12, 30))]
+    with pytest.raises(ValueError, match="packed"):
+        layer(x, cu_seq_lens_q=ends)
+    with hf.enable():
+        close(layer(x, cu_seq_lens_q=ends), torch.cat(alone, 1))
+
+
+def test_packed_sequences_of_mamba():
+    layer = models.build("mamba2").backbone.layers[0].mixer
+    x, index = torch.randn(1, 30, 64), torch.tensor([[0] * 12 + [1] * 18], dtype=torch.int32)
+    alone = [layer(x[:, a:b]) for a, b in ((0, 12), (12, 30))]
+    with hf.enable():
+        close(layer(x, seq_idx=index), torch.cat(alone, 1))
+
+
+def test_an_unknown_signature_is_refused_and_named():
+    module = types.ModuleType("transformers.models.made_up.modeling_made_up")
+    module.torch_chunk_gated_delta_rule = lambda q, k, v: v
+    sys.modules[module.__name__] = module
+    try:
+        kept = module.torch_chunk_gated_delta_rule
+        with hf.enable() as report:
+            assert module.torch_chunk_gated_delta_rule is kept
+        assert "initial_state" in report.refused["modeling_made_up.torch_chunk_gated_delta_rule"]
+    finally:
+        del sys.modules[module.__name__]
+
+
+def test_layers_that_keep_their_functions_are_served_too():
+    """As before 5.15: a layer holds its function as an attribute."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.chunk_gated_delta_rule = function
+
+        def forward(self, **given):
+            return self.chunk_gated_delta_rule(**given)[0]
+
+    module = types.ModuleType("transformers.models.older.modeling_older")
+    sys.modules[module.__name__] = module
+    Layer.__module__ = module.__name__
+    original = sys.modules["transformers.models.qwen3_next.modeling_qwen3_next"].torch_chunk_gated_delta_rule
+    layer = Layer(original)
+    given = {n: torch.randn(1, 20, 2, 8) for n in ("query", "key", "value")}
+    given |= {"g": -torch.rand(1, 20, 2), "beta": torch.rand(1, 20, 2), "use_qk_l2norm_in_kernel": True}
+    try:
+        plain = layer(**given)
+        hf.accelerate(layer)
+        assert layer.chunk_gated_delta_rule is not original
+        close(layer(**given), plain)
+        hf.restore(layer)
+        assert layer.chunk_gated_delta_rule is original
+    finally:
+        del sys.modules[module.__name__]
+
+
+def test_another_device_goes_to_the_original(monkeypatch):
+    seen = calls(monkeypatch)
+    module = sys.modules["transformers.models.qwen3_next.modeling_qwen3_next"]
+    given = {n: torch.empty(1, 20, 2, 8, device="meta") for n in ("query", "key", "value")}
+    given |= {n: torch.empty(1, 20, 2, device="meta") for n in ("g", "beta")}
+    with hf.enable():
+        module.torch_chunk_gated_delta_rule(**given)
+    assert not seen
+
+
+def test_models_imported_later_are_exchanged_too():
+    code = """
+import transformers
+from fastweights import hf
+with hf.enable() as report:
+    from transformers.models.kimi_linear import modeling_kimi_linear as m
+    assert hasattr(m.chunk_kimi_delta_attention, "fastweights_original")
+    assert "modeling_kimi_linear.chunk_kimi_delta_attention" in report.exchanged
+assert not hasattr(m.chunk_kimi_delta_attention, "fastweights_original")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.skipif(library().lib is None, reason=f"no kernels: {library().why}")
+def test_a_decoded_token_rewrites_the_cache_in_place():
+    state = torch.randn(1, 2, 8, 6)
+    given = {n: torch.randn(1, 1, 2, 8) for n in ("query", "key")} | {"value": torch.randn(1, 1, 2, 6)}
+    given |= {"g": -torch.rand(1, 1, 2), "beta": torch.rand(1, 1, 2), "output_final_state": True}
+    with torch.no_grad():
+        _, after = acceleration.functions.gated_delta(**given, initial_state=state)
+    assert after.data_ptr() == state.data_ptr()

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers
@@ -34,7 +35,8 @@ MODELS = {
     "kimi_linear": lambda layers: transformers.KimiLinearForCausalLM(
         transformers.KimiLinearConfig(
             **COMMON, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=16, kv_lora_rank=128, qk_nope_head_dim=64,
-            qk_rope_head_dim=0, v_head_dim=64, q_lora_rank=None, linear_num_heads=16, linear_head_dim=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, first_k_dense_replace=2,
+            qk_rope_head_dim=0, v_head_dim=64, q_lora_rank=None, linear_num_heads=16, linear_head_dim=128, first_k_dense_replace=2,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
             layer_types=layers, num_experts=1, moe_intermediate_size=64, num_experts_per_token=1,
         )
     ),
@@ -88,8 +90,13 @@ def child(name: str, T: int, dtype: str, fast: bool) -> None:
     ids = torch.randint(32000, (1, T + 1))
     if fast:
         hf.enable()
-    read = lambda what: int(re.search(what + r":\s+(\d+)", open("/proc/self/status").read())[1])  # noqa: E731
-    open("/proc/self/clear_refs", "w").write("5")
+
+    def read(what: str) -> int:
+        found = re.search(what + r":\s+(\d+)", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = read("VmRSS")
     model.train()(ids[:, :T], labels=ids[:, 1:], use_cache=False).loss.backward()
     print("peak", read("VmHWM") - before)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -180,7 +180,7 @@ class enable:
     ...     pass
     """
 
-    _active: list[enable] = []
+    _active: ClassVar[list[enable]] = []
 
     def __init__(self) -> None:
         self.report = Report()
@@ -264,9 +264,8 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
         if not _is_modeling(name) or name not in sys.modules:
             continue
         code = inspect.unwrap(type(layer).forward).__code__
-        if any(seam.name in code.co_names for seam in SEAMS) or type(layer).__name__ in _CLOSED:
-            yield layer
-        elif any(seam.attribute and seam.attribute in layer.__dict__ for seam in SEAMS):
+        calls = any(seam.name in code.co_names or seam.attribute in layer.__dict__ for seam in SEAMS)
+        if calls or type(layer).__name__ in _CLOSED:
             yield layer
 
 

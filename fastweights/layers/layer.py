@@ -20,9 +20,9 @@ State = dict[str, Tensor]
 class FastWeightLayer(nn.Module):
     """A layer whose memory is a fast weight matrix a head, rewritten by a rule at every token.
 
-    ``y, state = layer(x, state)`` with x and y (B, T, d_model). The state holds the fast weights (B, heads, d_value, d_key), any
-    other state of the rule, and the last inputs of the short convolution, so that a sequence may be cut anywhere: streaming
-    token by token equals the whole. ``None`` is the empty state.
+    ``y, state = layer(x, state)`` with x and y (B, T, d_model). The state holds the fast weights (B, heads, d_value, d_key) (or as
+    many keys as a feature map makes of d_key), any other state of the rule, and the last inputs of the short convolution, so that
+    a sequence may be cut anywhere: streaming token by token equals the whole. ``None`` is the empty state.
 
     Args:
         rule: any rule; the programmer is built from its signature (see ``Programmer``).
@@ -65,6 +65,7 @@ class FastWeightLayer(nn.Module):
         elif options:
             raise SignalError(f"{', '.join(options)} are options of the default programmer, and another programmer was given")
         self.programmer = programmer
+        self.d_feature = getattr(programmer, "d_feature", self.d_key)  # of W
         self.norm = nn.RMSNorm(self.d_value, eps=1e-5) if output_norm else None
         self.gate = nn.Linear(d_model, heads * self.d_value, bias=False) if output_gate else None
         self.out = nn.Linear(heads * self.d_value, d_model, bias=False)
@@ -89,7 +90,7 @@ class FastWeightLayer(nn.Module):
 
     def _empty(self, x: Tensor, signals: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         dtype = torch.float64 if any(s.dtype == torch.float64 for s in signals.values()) else torch.float32
-        shapes = [s.shapes(self.d_key, self.d_value)[0] for s in self.rule.states.values()]
+        shapes = [s.shapes(self.d_feature, self.d_value)[0] for s in self.rule.states.values()]
         return tuple(torch.zeros(x.shape[0], self.heads, *shape, dtype=dtype, device=x.device) for shape in shapes)
 
     def state_bytes(self, tokens: int) -> int:

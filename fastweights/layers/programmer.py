@@ -13,14 +13,9 @@ from ..engine.convolution import Part, l2_normalised, short_convolution
 from ..language.errors import SignalError
 from ..language.roles import Signal
 from ..language.rule import Rule
+from .feature_maps import FeatureMap, is_positive, may_vanish
+from .feature_maps import feature_map as make_map
 
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x,
-    "silu": F.silu,
-    "relu": F.relu,
-    "elu1": lambda x: F.elu(x) + 1,
-    "softmax": lambda x: x.softmax(-1),
-}
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "l2": l2_normalised,
@@ -76,7 +71,9 @@ class SoftplusDecay(nn.Module):
 class Programmer(nn.Module):
     """The default slow network of a rule: every signal is made as its role asks.
 
-    Keys and queries: projection, short convolution, silu (or ``feature_map``), l2 norm (or ``norm``); positive ones: elu + 1.
+    Keys and queries: projection, short convolution, silu (or another ``feature_map``), l2 norm (or another ``norm``: none, sum);
+    positive ones: the feature map if its features are positive, else elu + 1. Where a feature map makes more of d_key numbers,
+    everything else in key space, and W, has that size, ``d_feature``.
     Values: projection, short convolution, silu. Rates: a sigmoid, doubled with ``negative_eigenvalues``. Gates: a sigmoid.
     Log decays: Mamba's softplus form, per head or per channel. Numbers and other vectors: projections.
 
@@ -101,11 +98,7 @@ class Programmer(nn.Module):
         custom: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        for what, given, known in (
-            ("feature_map", feature_map, FEATURE_MAPS),
-            ("norm", norm, NORMS),
-            ("decay", decay, ("head", "channel")),
-        ):
+        for what, given, known in (("norm", norm, NORMS), ("decay", decay, ("head", "channel"))):
             if given not in known:
                 raise SignalError(f"{what} is {given!r}; known: {', '.join(known)}")
         self.rule, self.heads, self.key_heads = rule, heads, key_heads or heads
@@ -113,6 +106,7 @@ class Programmer(nn.Module):
             raise SignalError(f"key_heads is {key_heads}, which does not divide the {heads} heads")
         self.d_key, self.d_value = d_key, d_value
         self.feature_map, self.norm, self.negative_eigenvalues = feature_map, norm, negative_eigenvalues
+        self.d_feature = make_map(feature_map, d_key).size
         self.pick = self._pick(decay)
         self.custom = nn.ModuleDict(dict(custom or {}))
         if unknown := [n for n in self.custom if n not in rule.signals]:
@@ -120,7 +114,7 @@ class Programmer(nn.Module):
         made = {n: s for n, s in rule.signals.items() if n not in self.custom}
         self.convolved = {n: s for n, s in made.items() if _is_pattern(s)}
         self.direct = {n: s for n, s in made.items() if not _is_pattern(s)}
-        self.sizes = {n: self._heads(s) * math.prod(self._shape(s)) for n, s in (self.convolved | self.direct).items()}
+        self.sizes = {n: math.prod(self._axes(n)) for n in (*self.convolved, *self.direct)}
         self.project = nn.Linear(d_model, sum(self.sizes.values()), bias=False)
         channels = sum(self.sizes[n] for n in self.convolved)
         self.conv = ShortConvolution(channels, conv) if conv > 1 and channels else None
@@ -128,6 +122,21 @@ class Programmer(nn.Module):
         self.decays = nn.ModuleDict(
             {n: SoftplusDecay(heads, self._shape(s)[-1] if self._shape(s) else None) for n, s in self.direct.items() if s.role.log_decay}
         )
+
+        self.maps = nn.ModuleDict()
+        for n in (n for n, s in self.convolved.items() if _is_address(s)):
+            name = self._map_name(n)
+            if self._map_key(n) not in self.maps:
+                self.maps[self._map_key(n)] = make_map(name, d_key, self._heads(rule.signals[n]))
+
+    def _map_name(self, signal: str) -> str:
+        positive = self.rule.signals[signal].role.name.startswith("Positive")
+        return self.feature_map if not positive or is_positive(self.feature_map) else "elu1"
+
+    def _map_key(self, signal: str) -> str:
+        """Keys and queries have one map, but each its own where it is learned."""
+        name = self._map_name(signal)
+        return f"{name}_{signal}" if name == "hedgehog" else name.replace(":", "_")
 
     def _pick(self, decay: str) -> int:
         wanted = 0 if decay == "head" else -1
@@ -139,10 +148,10 @@ class Programmer(nn.Module):
         return wanted if several else 0
 
     def _shape(self, s: Signal) -> tuple[int, ...]:
-        return s.shapes(self.d_key, self.d_value)[self.pick]
+        return s.shapes(self.d_feature, self.d_value)[self.pick]
 
     def _heads(self, s: Signal) -> int:
-        return self.key_heads if s.role.name.endswith(("Key", "Query")) else self.heads
+        return self.key_heads if _is_address(s) else self.heads
 
     def forward(self, x: Tensor, conv: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
         split = [sum(self.sizes[n] for n in self.convolved), sum(self.sizes[n] for n in self.direct)]
@@ -157,8 +166,10 @@ class Programmer(nn.Module):
         return {n: made[n] for n in self.rule.signals}, conv
 
     def _axes(self, name: str) -> tuple[int, ...]:
+        """Of what is projected, before a feature map."""
         s = self.rule.signals[name]
-        return (self._heads(s), *self._shape(s))
+        shape = self._shape(s)
+        return (self._heads(s), *((*shape[:-1], self.d_key) if _is_address(s) else shape))
 
     def _part(self, name: str) -> Part:
         """What of a signal's making is done in one pass with the convolution."""
@@ -171,11 +182,11 @@ class Programmer(nn.Module):
     def _make(self, name: str, z: Tensor, done: Part | None) -> Tensor:
         s = self.rule.signals[name]
         role = s.role.name
-        if role in ("Key", "Query"):
-            z = z if done and done.silu else FEATURE_MAPS[self.feature_map](z)
+        if _is_address(s):
+            z = z if done and done.silu else self._map(name, z)
+            if role.startswith("Positive"):
+                return z + 1e-6 if may_vanish(self._map_name(name)) else z
             return z if done and done.group else NORMS[self.norm](z)
-        if role in ("PositiveKey", "PositiveQuery"):
-            return FEATURE_MAPS["elu1"](z)
         if role == "Value":
             return z if done and done.silu else F.silu(z)
         if role == "Rate":
@@ -184,12 +195,23 @@ class Programmer(nn.Module):
             return z.sigmoid()
         return self.decays[name](z) if s.role.log_decay else z
 
+    def _map(self, name: str, z: Tensor) -> Tensor:
+        made = self.maps[self._map_key(name)]
+        assert isinstance(made, FeatureMap)
+        if z.ndim > 4 and made.name == "hedgehog":  # several keys a token: (B, T, H, n, d)
+            return made(z.transpose(2, -2)).transpose(2, -2)
+        return made(z)
+
     def extra_repr(self) -> str:
         return f"{self.rule.name}, {', '.join(f'{n} {self._axes(n)}' for n in self.sizes)}"
 
 
+def _is_address(s: Signal) -> bool:
+    return s.role.name.endswith(("Key", "Query"))
+
+
 def _is_pattern(s: Signal) -> bool:
-    return s.role.name.endswith(("Key", "Query")) or s.role.name == "Value"
+    return _is_address(s) or s.role.name == "Value"
 
 
 def is_gate_parameter(name: str) -> bool:

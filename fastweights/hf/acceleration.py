@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -29,7 +30,10 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Seam:
-    """A function of transformers: its names (in a module; on a layer), what its signature must have, and what stands in for it."""
+    """A function of transformers: its names (in a module; on a layer), what its signature must have, and what stands in for it.
+
+    A name with a dot is the method of a class: the layers that call no function which could be exchanged.
+    """
 
     name: str
     attribute: str | None
@@ -53,10 +57,13 @@ SEAMS = (
         "causal_conv1d_update", None, ("hidden_states", "conv_state", "weight", "bias", "activation"),
         functions.conv_step, functions.serves_conv_step,
     ),
+    Seam("xLSTMBackend.forward", None, ("query", "igate", "fgate", "c_initial"), functions.mlstm, functions.serves_mlstm),
+    Seam(
+        "MiniMaxLightningAttention.forward", None, ("hidden_states", "attention_mask", "cache"),
+        functions.lightning, functions.serves_lightning,
+    ),
 )  # fmt: skip
 _BY_NAME = {seam.name: seam for seam in SEAMS}
-# Layers whose rule this engine has, but which call no function that could be exchanged.
-_CLOSED = {"MiniMaxLightningAttention": "its rule is written into its forward", "xLSTMLayer": "its functions are taken at construction"}
 
 
 class _Switch(threading.local):
@@ -108,6 +115,12 @@ def _is_modeling(name: str) -> bool:
     return name.startswith("transformers.models.") and name.rpartition(".")[2].startswith("modeling_")
 
 
+def _owner(module: ModuleType, name: str) -> tuple[Any, str]:
+    """Where a name lives: the module, or a class of it (or nowhere), and its last part."""
+    cls, _, last = name.rpartition(".")
+    return (module.__dict__.get(cls, types.SimpleNamespace()) if cls else module), last
+
+
 class _Exchanges:
     """All functions that are exchanged now, and how many users each module has."""
 
@@ -117,7 +130,8 @@ class _Exchanges:
     def add(self, module: ModuleType, report: Report) -> None:
         self.users[module.__name__] = self.users.get(module.__name__, 0) + 1
         for name, seam in _BY_NAME.items():
-            found = module.__dict__.get(name)
+            owner, last = _owner(module, name)
+            found = owner.__dict__.get(last)
             if found is None:
                 continue
             where = f"{module.__name__.rpartition('.')[2]}.{name}"
@@ -126,11 +140,8 @@ class _Exchanges:
             elif why := _unfit(found, seam):
                 report.refused[where] = why
             else:
-                setattr(module, name, _exchange(found, seam))
+                setattr(owner, last, _exchange(found, seam))
                 report.exchanged.append(where)
-        for name, why in _CLOSED.items():
-            if name in module.__dict__:
-                report.refused[f"{module.__name__.rpartition('.')[2]}.{name}"] = why
 
     def remove(self, name: str) -> None:
         self.users[name] -= 1
@@ -138,9 +149,10 @@ class _Exchanges:
             return
         del self.users[name]
         for function in _BY_NAME if name in sys.modules else ():
-            found = sys.modules[name].__dict__.get(function)
+            owner, last = _owner(sys.modules[name], function)
+            found = owner.__dict__.get(last)
             if found is not None and hasattr(found, "fastweights_original"):
-                setattr(sys.modules[name], function, found.fastweights_original)
+                setattr(owner, last, found.fastweights_original)
 
 
 _exchanges = _Exchanges()
@@ -172,8 +184,8 @@ class enable:
 
     ``enable()`` holds until ``disable()``, or for a block: ``with enable() as report: ...``. Models that are already loaded, and
     those that are loaded later, are the same to it. Gated delta (Qwen3-Next, Qwen3.5, OLMo-hybrid), KDA (Kimi-Linear,
-    Bailing-hybrid) and Mamba-2 with its relatives run forward, backward and token by token, their short convolutions too, and
-    packed sequences work. ``report`` says what was exchanged, and what was refused and why.
+    Bailing-hybrid), Mamba-2 with its relatives, mLSTM (xLSTM) and lightning attention (MiniMax) run forward, backward and token by
+    token, their short convolutions too, and packed sequences work. ``report`` says what was exchanged, and what was refused and why.
 
     >>> from fastweights import hf
     >>> with hf.enable() as report:
@@ -265,7 +277,7 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
             continue
         code = inspect.unwrap(type(layer).forward).__code__
         calls = any(seam.name in code.co_names or seam.attribute in layer.__dict__ for seam in SEAMS)
-        if calls or type(layer).__name__ in _CLOSED:
+        if calls or f"{type(layer).__name__}.forward" in _BY_NAME:
             yield layer
 
 

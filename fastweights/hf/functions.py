@@ -18,6 +18,7 @@ from ..engine.scan import scan
 from ..engine.step import step
 from ..language.decorator import outer, rule
 from ..language.roles import Key, LogDecay, Scalar, Value
+from ..rules.hebb import mlstm as mlstm_rule
 
 
 @rule
@@ -128,6 +129,56 @@ def ssd_step(
     if z is not None:
         y = y * F.silu(z.float())
     return y.to(hidden_states.dtype)
+
+
+# ---- mLSTM (xLSTM) ---------------------------------------------------------------------------------------------------
+
+
+def serves_mlstm(self: Any, query: Tensor, key: Tensor, value: Tensor, igate: Tensor, fgate: Tensor, *_: Any, **__: Any) -> bool:
+    return query.ndim == 4 and _is_float(query, key, value, igate, fgate)
+
+
+def mlstm(
+    self: Any, query: Tensor, key: Tensor, value: Tensor, igate: Tensor, fgate: Tensor, c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None, m_initial: Tensor | None = None, return_last_states: bool | None = None, mode: str | None = None,
+) -> Any:  # fmt: skip
+    """h (B, H, T, V) and, in inference or if asked, the states C (B, H, K, V), n (B, H, K), m (B, H, 1): heads come before time."""
+    mode = self.config.mode if mode is None else mode
+    keep = "inference" in mode or (self.config.return_last_states if return_last_states is None else return_last_states)
+    q, k, v, i, f = (x.transpose(1, 2).float() for x in (query, key, value, igate, fgate))
+    state = None
+    if c_initial is not None and n_initial is not None and m_initial is not None:
+        state = c_initial.float().transpose(-1, -2), n_initial.float(), m_initial.float().squeeze(-1)
+    y, (W, n, m) = scan(mlstm_rule(self.config.eps), q=q * q.shape[-1] ** -0.5, k=k, v=v, i=i, g=F.logsigmoid(f), state=state)
+    h = y.transpose(1, 2).to(query.dtype)
+    return (h, (W.transpose(-1, -2), n, m.unsqueeze(-1))) if keep else h
+
+
+# ---- lightning attention (MiniMax) -----------------------------------------------------------------------------------
+
+
+def serves_lightning(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> bool:
+    return hidden_states.ndim == 3 and _is_float(hidden_states)
+
+
+def lightning(
+    self: Any, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Tensor | None = None, cache: Any = None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """The whole layer: its rule, with a fixed decay a head and neither scale nor norm, is written into its forward."""
+    B, T, _d = hidden_states.shape
+    mixed = self.act_fn(self.qkv_proj(hidden_states))
+    if attention_mask is not None and attention_mask.shape == (B, T):
+        mixed = mixed * attention_mask.unsqueeze(-1).to(mixed.dtype)
+    q, k, v = mixed.view(B, T, self.num_attention_heads, 3, self.head_dim).float().unbind(3)
+    state = None if cache is None else cache.get_linear_cache(self.layer_idx)
+    W = None if state is None else state.float().transpose(-1, -2)
+    g = -self.slope_rate.float().flatten().expand(B, T, -1)
+    y, W = scan(R.decayed_hebb, q=q, k=k, v=v, g=g, state=W)
+    state = W.transpose(-1, -2).to(hidden_states.dtype)
+    if cache is not None:
+        cache.set_linear_cache(self.layer_idx, state)
+    y = self.norm(y.flatten(2).to(hidden_states.dtype))
+    return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * y), state
 
 
 # ---- the short convolution -------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..language.decorator import outer, rule
 from ..language.objective import Objective
 from ..language.roles import Key, KeyState, KeyVector, LogDecay, PositiveKey, PositiveQuery, Query, Rate, Scalar, ScalarState, Value
+from ..language.rule import Rule
 
 
 @rule
@@ -56,13 +59,23 @@ def normalised_hebb(W, z: KeyState, q: PositiveQuery, k: PositiveKey, v: Value):
     return W, z, W @ q / (z @ q)
 
 
-@rule(cite="Beck et al. 2024, NeurIPS (xLSTM: mLSTM)")
-def exp_gated_hebb(W, n: KeyState, m: ScalarState, q: Query, k: Key, v: Value, i: Scalar, g: LogDecay):
-    """mLSTM: an exponential input gate exp(i), kept finite by a running maximum m, and a normalised read-out."""
-    top = torch.maximum(g + m, i)
-    f, i = (g + m - top).exp(), (i - top).exp()
-    W, n = f * W + outer(i * v, k), f * n + i * k
-    return W, n, top, W @ q / torch.maximum((n @ q).abs(), (-top).exp())
+@functools.lru_cache(maxsize=8)
+def mlstm(eps: float = 0.0) -> Rule:
+    """``exp_gated_hebb`` with a small number added to what it divides by, as published models have it."""
+
+    @rule(cite="Beck et al. 2024, NeurIPS (xLSTM: mLSTM)")
+    def exp_gated_hebb(W, n: KeyState, m: ScalarState, q: Query, k: Key, v: Value, i: Scalar, g: LogDecay):
+        """mLSTM: an exponential input gate exp(i), kept finite by a running maximum m, and a normalised read-out."""
+        top = torch.maximum(g + m, i)
+        f, i = (g + m - top).exp(), (i - top).exp()
+        W, n = f * W + outer(i * v, k), f * n + i * k
+        below = torch.maximum((n @ q).abs(), (-top).exp())
+        return W, n, top, W @ q / (below + eps if eps else below)
+
+    return exp_gated_hebb
+
+
+exp_gated_hebb = mlstm()
 
 
 @rule(cite="Peng et al. 2024 (RWKV-6, Eagle and Finch)")

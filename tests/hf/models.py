@@ -67,9 +67,24 @@ def _nemotron_h():
     return transformers.NemotronHForCausalLM(config)
 
 
-FAMILIES = {
-    f.__name__[1:]: f for f in (_qwen3_next, _qwen3_5, _olmo_hybrid, _kimi_linear, _mamba2, _bamba, _falcon_h1, _granite, _nemotron_h)
-}
+def _xlstm():
+    config = transformers.xLSTMConfig(
+        **{**COMMON, "hidden_size": 128}, num_heads=4, chunk_size=16, qk_dim_factor=0.5, mode="inference", return_last_states=True
+    )
+    return transformers.xLSTMForCausalLM(config)
+
+
+def _minimax():
+    config = transformers.MiniMaxConfig(
+        **COMMON, **HEADS, layer_types=["linear_attention", "full_attention"], block_size=16, num_local_experts=2, num_experts_per_tok=1
+    )
+    return transformers.MiniMaxForCausalLM(config)
+
+
+BUILDERS = (
+    _qwen3_next, _qwen3_5, _olmo_hybrid, _kimi_linear, _mamba2, _bamba, _falcon_h1, _granite, _nemotron_h, _xlstm, _minimax,
+)  # fmt: skip
+FAMILIES = {f.__name__[1:]: f for f in BUILDERS}
 
 
 def build(family, seed=0):

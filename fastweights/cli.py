@@ -154,7 +154,18 @@ def _rules(options: Rules, console: Console) -> int:
         about = f"[dim]{rule.kind}; {forms}{escape(objective)}[/dim]"
         table.add_row(f"[bold]{rule.name}[/bold]", f"{escape(rule.equation())}\n{about}")
     console.print(table)
-    _say(console, "All forms: recurrent, parallel, chunk. Rules combine: r1 >> r2, r * n, r.T. About one: fastweights rules NAME")
+    from .models import PRESETS
+
+    presets = _table("preset", "rule", "options of the layer; source")
+    for name, preset in PRESETS.items():
+        own = "".join(f", {signal} of its own" for signal in preset.signals)
+        options = ", ".join(f"{k} {v}" for k, v in preset.options.items())
+        presets.add_row(f"[bold]{name}[/bold]", preset.rule, f"{options}{own}\n[dim]{escape(preset.cite)}[/dim]")
+    console.print(presets)
+    _say(
+        console,
+        "All forms: recurrent, parallel, chunk. Rules combine: r1 >> r2, r * n, r.T. About one: fastweights rules NAME. A preset is a published layer: fastweights train --rule NAME",
+    )
     return 0
 
 

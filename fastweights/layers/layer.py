@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from ..engine.scan import scan
 from ..language.errors import SignalError, SignalTypeError
 from ..language.rule import Rule
+from .attention import rotate
 from .programmer import Programmer
 
 State = dict[str, Tensor]
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "sigmoid": torch.sigmoid}
 
 
 class FastWeightLayer(nn.Module):
@@ -28,7 +30,8 @@ class FastWeightLayer(nn.Module):
         rule: any rule; the programmer is built from its signature (see ``Programmer``).
         d_model: size of x.
         heads, d_key, d_value: heads, and the sizes of a head; by default d_model is shared out among the heads.
-        output_norm, output_gate: RMS norm of each head's read-out, and a swish gate on it.
+        output_norm, output_gate: RMS norm of each head's read-out, and a gate on it: ``gate`` is swish or sigmoid.
+        rotary: keys and queries turn with their position (as in RetNet), which is then a part of the state.
         programmer: a module of your own in the place of the default one: ``signals, conv = programmer(x, conv)``.
         options: passed to ``Programmer``: ``key_heads, conv, feature_map, norm, decay, negative_eigenvalues, custom``.
 
@@ -49,6 +52,8 @@ class FastWeightLayer(nn.Module):
         d_value: int | None = None,
         output_norm: bool = True,
         output_gate: bool = True,
+        gate: str = "swish",
+        rotary: bool = False,
         form: str = "auto",
         programmer: nn.Module | None = None,
         **options: object,
@@ -58,7 +63,9 @@ class FastWeightLayer(nn.Module):
             raise SignalTypeError(f"rule is a {type(rule).__name__}, expected a Rule such as fw.rules.delta, or a function under @fw.rule")
         if (d_key is None or d_value is None) and d_model % heads:
             raise SignalError(f"d_model = {d_model} is not a multiple of heads = {heads}; give d_key and d_value, or other heads")
-        self.rule, self.d_model, self.heads, self.form = rule, d_model, heads, form
+        if gate not in _GATES:
+            raise SignalError(f"gate is {gate!r}; known: {', '.join(_GATES)}")
+        self.rule, self.d_model, self.heads, self.form, self.rotary, self.gate_kind = rule, d_model, heads, form, rotary, gate
         self.d_key, self.d_value = d_key or d_model // heads, d_value or d_model // heads
         if programmer is None:
             programmer = Programmer(rule, d_model, heads=heads, d_key=self.d_key, d_value=self.d_value, **options)  # type: ignore[arg-type]
@@ -69,6 +76,10 @@ class FastWeightLayer(nn.Module):
         self.norm = nn.RMSNorm(self.d_value, eps=1e-5) if output_norm else None
         self.gate = nn.Linear(d_model, heads * self.d_value, bias=False) if output_gate else None
         self.out = nn.Linear(heads * self.d_value, d_model, bias=False)
+        if rotary and (self.d_feature % 2 or not {"q", "k"} <= rule.signals.keys()):
+            raise SignalError(
+                f"rotary turns pairs of channels of q and k; {rule.name} has {', '.join(rule.signals)}, of {self.d_feature} channels"
+            )
 
     def forward(self, x: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[Tensor, State]:
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.d_model:
@@ -76,16 +87,22 @@ class FastWeightLayer(nn.Module):
             raise SignalError(f"x is {found}, expected a tensor (B, T, d_model = {self.d_model})")
         before = None if state is None else state.get("conv")
         signals, conv = self.programmer(x, before)
+        turned = {}
+        if self.rotary:
+            start = torch.zeros((), dtype=torch.int64, device=x.device) if state is None else state["position"]
+            positions = torch.arange(x.shape[1], device=x.device) + start
+            signals |= {n: rotate(signals[n].transpose(1, 2), positions).transpose(1, 2) for n in ("q", "k")}
+            turned["position"] = start + x.shape[1]
         memory = self._empty(x, signals) if state is None else tuple(state[n] for n in self.rule.states)
         y, after = scan(self.rule, **signals, state=memory, form=self.form)
-        new = dict(zip(self.rule.states, after if isinstance(after, tuple) else (after,), strict=True))
+        new = dict(zip(self.rule.states, after if isinstance(after, tuple) else (after,), strict=True)) | turned
         if conv is not None:
             new["conv"] = conv
         if self.norm is not None:
             y = self.norm(y)
         y = y.flatten(2).to(x.dtype)
         if self.gate is not None:
-            y = y * F.silu(self.gate(x))
+            y = y * _GATES[self.gate_kind](self.gate(x))
         return self.out(y), new
 
     def _empty(self, x: Tensor, signals: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

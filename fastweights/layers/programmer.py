@@ -13,6 +13,7 @@ from ..engine.convolution import Part, l2_normalised, short_convolution
 from ..language.errors import SignalError
 from ..language.roles import Signal
 from ..language.rule import Rule
+from .decays import SoftplusDecay
 from .feature_maps import FeatureMap, is_positive, may_vanish
 from .feature_maps import feature_map as make_map
 
@@ -47,35 +48,14 @@ class ShortConvolution(nn.Module):
         return y, torch.cat([state, x[:, -kept:]], 1)[:, -kept:].contiguous()
 
 
-class SoftplusDecay(nn.Module):
-    """The log of a decay as Mamba has it: g = -exp(A_log) softplus(z + dt_bias), in float32 or better.
-
-    ``A`` starts uniform in (0, 16), the step softplus(dt_bias) log-uniform in [0.001, 0.1]. Neither has weight decay.
-    Source: Gu and Dao 2023; Yang et al. 2025.
-    """
-
-    def __init__(self, heads: int, channels: int | None) -> None:
-        super().__init__()
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1e-4, 16).log())
-        step = torch.empty(heads, *(() if channels is None else (channels,))).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        step = step.clamp(min=1e-4)
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus of this is the step
-
-    def forward(self, z: Tensor) -> Tensor:
-        dtype = torch.promote_types(z.dtype, torch.float32)
-        rate = self.A_log.to(dtype).exp()
-        rate = rate if self.dt_bias.ndim == 1 else rate.unsqueeze(-1)
-        return -rate * F.softplus(z.to(dtype) + self.dt_bias.to(dtype))
-
-
 class Programmer(nn.Module):
     """The default slow network of a rule: every signal is made as its role asks.
 
     Keys and queries: projection, short convolution, silu (or another ``feature_map``), l2 norm (or another ``norm``: none, sum);
     positive ones: the feature map if its features are positive, else elu + 1. Where a feature map makes more of d_key numbers,
     everything else in key space, and W, has that size, ``d_feature``.
-    Values: projection, short convolution, silu. Rates: a sigmoid, doubled with ``negative_eigenvalues``. Gates: a sigmoid.
-    Log decays: Mamba's softplus form, per head or per channel. Numbers and other vectors: projections.
+    Values: projection, short convolution, silu (or ``values``: identity). Rates: a sigmoid, doubled with ``negative_eigenvalues``.
+    Gates: a sigmoid. Log decays: Mamba's softplus form, per head or per channel. Numbers and other vectors: projections.
 
     ``forward(x, conv)``: x (B, T, d_model); returns the signals by name, (B, T, heads, ...), and the new convolution state.
     ``custom`` replaces how single signals are made: a module from x (B, T, d_model) to the signal.
@@ -92,20 +72,25 @@ class Programmer(nn.Module):
         key_heads: int | None = None,
         conv: int = 4,
         feature_map: str = "silu",
+        values: str = "silu",
         norm: str = "l2",
         decay: str = "head",
         negative_eigenvalues: bool = False,
         custom: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        for what, given, known in (("norm", norm, NORMS), ("decay", decay, ("head", "channel"))):
+        for what, given, known in (
+            ("norm", norm, tuple(NORMS)),
+            ("decay", decay, ("head", "channel")),
+            ("values", values, ("silu", "identity")),
+        ):
             if given not in known:
                 raise SignalError(f"{what} is {given!r}; known: {', '.join(known)}")
         self.rule, self.heads, self.key_heads = rule, heads, key_heads or heads
         if heads % self.key_heads:
             raise SignalError(f"key_heads is {key_heads}, which does not divide the {heads} heads")
         self.d_key, self.d_value = d_key, d_value
-        self.feature_map, self.norm, self.negative_eigenvalues = feature_map, norm, negative_eigenvalues
+        self.feature_map, self.values, self.norm, self.negative_eigenvalues = feature_map, values, norm, negative_eigenvalues
         self.d_feature = make_map(feature_map, d_key).size
         self.pick = self._pick(decay)
         self.custom = nn.ModuleDict(dict(custom or {}))
@@ -177,7 +162,7 @@ class Programmer(nn.Module):
         if role in ("Key", "Query"):
             silu = self.feature_map == "silu"
             return Part(size, silu, self.d_key if silu and self.norm == "l2" else 0)
-        return Part(size, role == "Value")
+        return Part(size, role == "Value" and self.values == "silu")
 
     def _make(self, name: str, z: Tensor, done: Part | None) -> Tensor:
         s = self.rule.signals[name]
@@ -188,7 +173,7 @@ class Programmer(nn.Module):
                 return z + 1e-6 if may_vanish(self._map_name(name)) else z
             return z if done and done.group else NORMS[self.norm](z)
         if role == "Value":
-            return z if done and done.silu else F.silu(z)
+            return z if self.values == "identity" or (done and done.silu) else F.silu(z)
         if role == "Rate":
             return z.sigmoid() * (2 if self.negative_eigenvalues else 1)
         if role.endswith("Gate"):

@@ -1,7 +1,7 @@
 """A language model in plain torch: pre-norm blocks of a sequence layer and a gated MLP, with tied embeddings.
 
-A model is a list of layer names: names of rules, ``softmax`` for attention, ``window:N`` for attention in a sliding window. A
-hybrid is a list that mixes them.
+A model is a list of layer names: names of presets (published layers) or of rules, ``softmax`` for attention, ``window:N`` for
+attention in a sliding window. A hybrid is a list that mixes them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import rules as catalogue
 from ..language.errors import FastWeightError, RuleError
 from ..language.rule import Rule
 from ..layers.attention import SoftmaxAttention
 from ..layers.layer import FastWeightLayer
+from .presets import PRESETS, layer_of, rule_of
 
 Memory = list[dict[str, Tensor]]
 
@@ -68,9 +68,9 @@ def resolve(config: ModelConfig, own: Mapping[str, Rule]) -> dict[str, Rule]:
         rule = own.get(name)
         if rule is None:
             try:
-                rule = catalogue.get(name)
+                rule = rule_of(name)
             except RuleError as error:
-                known = f"the model has a layer of rule {name!r}, which is not in the catalogue"
+                known = f"the model has a layer {name!r}, which is neither a preset nor a rule of the catalogue"
                 raise RuleError(f"{known}; pass it: rules={{{name!r}: ...}}, or --rule FILE.py:{name}") from error
         stored = config.fingerprints.get(name)
         if stored is not None and not rule.matches(stored):
@@ -97,12 +97,16 @@ def attention_window(name: str) -> int | None:
 class Block(nn.Module):
     """x + layer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, name: str, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, config: ModelConfig, name: str, rules: Mapping[str, Rule], index: int) -> None:
         super().__init__()
         window = attention_window(name)
         self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
         if window is not None:
             self.layer: nn.Module = SoftmaxAttention(config.d_model, heads=config.heads, window=window or None)
+        elif name in PRESETS:
+            self.layer = layer_of(
+                name, config.d_model, heads=config.heads, d_key=config.d_key, d_value=config.d_value, index=index, depth=len(config.layers)
+            )
         else:
             self.layer = FastWeightLayer(
                 rules[name], config.d_model, heads=config.heads, d_key=config.d_key, d_value=config.d_value, conv=config.conv,
@@ -139,7 +143,7 @@ class LanguageModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(config.vocabulary, config.d_model)
-            self.blocks = nn.ModuleList(Block(config, name, self.rules) for name in config.layers)
+            self.blocks = nn.ModuleList(Block(config, name, self.rules, i) for i, name in enumerate(config.layers))
             self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
             self._initialise()
 

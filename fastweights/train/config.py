@@ -13,6 +13,7 @@ from .. import rules as catalogue
 from ..language.errors import FastWeightError, RuleError
 from ..language.rule import Rule
 from ..models.language_model import ModelConfig, attention_window
+from ..models.presets import rule_of
 from ..tasks import Recall, Source, Text, read_text
 
 
@@ -21,7 +22,7 @@ class TrainConfig:
     """Options of a training run."""
 
     rule: str = "gated_delta"
-    """A rule of the catalogue, FILE.py:NAME, softmax or window:N; a comma-separated list is one pattern of layers, repeated."""
+    """A preset, a rule of the catalogue, FILE.py:NAME, softmax or window:N; a comma-separated list is one pattern of layers, repeated."""
     task: Literal["text", "recall"] = "text"
     """Predict the next byte of a text, or recall values by their keys."""
     text: str = ""
@@ -118,7 +119,7 @@ def layer_names(text: str) -> tuple[list[str], dict[str, Rule]]:
             name = name.rpartition(":")[2]
             own[name] = rule
         elif attention_window(name) is None:
-            catalogue.get(name)
+            rule_of(name)
         names.append(name)
     return names, own
 

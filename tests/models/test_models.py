@@ -141,7 +141,7 @@ BAD = {
     "nothing yet": lambda: next(Stream(model_of("delta")).generate(1)),
     "outside the vocabulary": lambda: Stream(model_of("delta")).feed([256]),
     "window:N": lambda: model_of("window:x"),
-    "'gated_delt', which is not in the catalogue": lambda: model_of("gated_delt"),
+    "'gated_delt', which is neither a preset nor a rule": lambda: model_of("gated_delt"),
 }
 
 

@@ -1,0 +1,127 @@
+"""Published models as data: a rule, and how its signals are made. ``LanguageModel`` takes their names as layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import rules as catalogue
+from ..language.errors import RuleError
+from ..language.rule import Rule
+from ..layers import decays
+from ..layers.layer import FastWeightLayer
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a model a layer stands, and its sizes."""
+
+    d_model: int
+    heads: int
+    d_key: int
+    index: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published layer: the name of its rule, options of ``FastWeightLayer``, and signals that are made in a way of their own.
+
+    The maker of a signal is given the place of the layer and the makers' work so far, by signal.
+    """
+
+    rule: str
+    cite: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    signals: Mapping[str, Callable[[Place, Mapping[str, Any]], nn.Module]] = field(default_factory=dict)
+
+
+class Complement(nn.Module):
+    """1 - exp(g): a key that writes as much as is forgotten."""
+
+    def __init__(self, decay: decays.LowerBoundedDecay) -> None:
+        super().__init__()
+        self.of = (decay,)  # whose parameters belong to the decay
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 - self.of[0].decay(x)).to(x.dtype)
+
+
+def _bounded(place: Place, made: Mapping[str, Any]) -> decays.LowerBoundedDecay:
+    return decays.LowerBoundedDecay(place.d_model, place.heads, place.d_key, place.index / max(place.depth, 1))
+
+
+_PLAIN = {"conv": 1, "feature_map": "identity", "norm": "none", "values": "identity"}
+_NORMALISED = {"conv": 1, "values": "identity", "output_norm": False, "output_gate": False}
+_DELTA = {"conv": 4, "feature_map": "silu", "norm": "l2"}
+
+PRESETS: dict[str, Preset] = {
+    "linear_transformer": Preset("normalised_hebb", "Katharopoulos et al. 2020, ICML", {**_NORMALISED, "feature_map": "elu1"}),
+    "performer": Preset("normalised_hebb", "Choromanski et al. 2021, ICLR", {**_NORMALISED, "feature_map": "favor"}),
+    "based": Preset("normalised_hebb", "Arora et al. 2024, ICML", {**_NORMALISED, "feature_map": "taylor2"}),
+    "hedgehog": Preset("normalised_hebb", "Zhang et al. 2024, ICLR", {**_NORMALISED, "feature_map": "hedgehog"}),
+    "retnet": Preset(
+        "decayed_hebb", "Sun et al. 2023", {**_PLAIN, "rotary": True}, {"g": lambda p, _: decays.retention(p.heads)}
+    ),
+    "lightning": Preset(
+        "decayed_hebb", "Qin et al. 2024; MiniMax 2025", {**_PLAIN, "feature_map": "silu", "values": "silu", "gate": "sigmoid"},
+        {"g": lambda p, _: decays.lightning(p.heads)},
+    ),
+    "gla": Preset(
+        "decayed_hebb", "Yang et al. 2024, ICML", _PLAIN, {"g": lambda p, _: decays.LowRankDecay(p.d_model, p.heads, p.d_key)}
+    ),
+    "hgrn2": Preset("decayed_hebb", "Qin et al. 2024", {**_PLAIN, "feature_map": "silu"}, {"g": _bounded, "k": lambda _, made: Complement(made["g"])}),
+    "mlstm": Preset(
+        "exp_gated_hebb", "Beck et al. 2024, NeurIPS", {**_PLAIN, "gate": "sigmoid"},
+        {"g": lambda p, _: decays.ForgetGate(p.d_model, p.heads)},
+    ),
+    "fast_weight_delta": Preset(
+        "delta", "Schlag, Irie and Schmidhuber 2021, ICML",
+        {"conv": 1, "feature_map": "dpfp", "norm": "sum", "values": "identity", "output_norm": False, "output_gate": False},
+    ),
+    "deltanet": Preset("delta", "Yang et al. 2024, NeurIPS", {**_DELTA, "output_gate": False}),
+    "deltaproduct": Preset("delta * 2", "Siems et al. 2025", {**_DELTA, "negative_eigenvalues": True, "output_gate": False}),
+    "gated_deltanet": Preset("gated_delta", "Yang, Kautz and Hatamizadeh 2025, ICLR", {**_DELTA, "decay": "head"}),
+    "gated_deltaproduct": Preset("gated_delta * 2", "Siems et al. 2025", {**_DELTA, "decay": "head", "negative_eigenvalues": True}),
+    "kda": Preset("gated_delta", "Kimi Team 2025 (Kimi Linear)", {**_DELTA, "decay": "channel", "gate": "sigmoid"}),
+    "gdn2": Preset("erase_write", "Gated DeltaNet-2, 2026", {**_DELTA, "decay": "channel"}),
+    "comba": Preset("comba", "Hu et al. 2025", {**_DELTA, "decay": "head"}),
+    "longhorn": Preset("implicit_delta", "Liu et al. 2024", {**_DELTA, "norm": "none"}),
+}  # fmt: skip
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name.
+
+    >>> preset("kda").rule
+    'gated_delta'
+    """
+    if name not in PRESETS:
+        raise RuleError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def rule_of(name: str) -> Rule:
+    """The rule of a preset, or of the catalogue."""
+    return catalogue.get(PRESETS[name].rule if name in PRESETS else name)
+
+
+def layer_of(
+    name: str, d_model: int, *, heads: int, d_key: int | None = None, d_value: int | None = None, index: int = 0, depth: int = 1
+) -> FastWeightLayer:
+    """A preset's layer; ``index`` of ``depth`` layers, where that matters.
+
+    >>> layer_of("retnet", 32, heads=2)
+    FastWeightLayer(
+      decayed_hebb, d_model=32, heads=2, d_key=16, d_value=16
+      ...
+    """
+    found = preset(name)
+    place = Place(d_model, heads, d_key or d_model // heads, index, depth)
+    custom: dict[str, nn.Module] = {}
+    for signal, make in found.signals.items():
+        custom[signal] = make(place, custom)
+    return FastWeightLayer(rule_of(name), d_model, heads=heads, d_key=d_key, d_value=d_value, custom=custom, **dict(found.options))

@@ -162,10 +162,8 @@ def _rules(options: Rules, console: Console) -> int:
         options = ", ".join(f"{k} {v}" for k, v in preset.options.items())
         presets.add_row(f"[bold]{name}[/bold]", preset.rule, f"{options}{own}\n[dim]{escape(preset.cite)}[/dim]")
     console.print(presets)
-    _say(
-        console,
-        "All forms: recurrent, parallel, chunk. Rules combine: r1 >> r2, r * n, r.T. About one: fastweights rules NAME. A preset is a published layer: fastweights train --rule NAME",
-    )
+    _say(console, "All forms: recurrent, parallel, chunk. Rules combine: r1 >> r2, r * n, r.T. About one: fastweights rules NAME")
+    _say(console, "A preset is a published layer, a rule with its programmer: fastweights train --rule NAME")
     return 0
 
 

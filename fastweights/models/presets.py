@@ -73,7 +73,10 @@ PRESETS: dict[str, Preset] = {
     "gla": Preset(
         "decayed_hebb", "Yang et al. 2024, ICML", _PLAIN, {"g": lambda p, _: decays.LowRankDecay(p.d_model, p.heads, p.d_key)}
     ),
-    "hgrn2": Preset("decayed_hebb", "Qin et al. 2024", {**_PLAIN, "feature_map": "silu"}, {"g": _bounded, "k": lambda _, made: Complement(made["g"])}),
+    "hgrn2": Preset(
+        "decayed_hebb", "Qin et al. 2024", {**_PLAIN, "feature_map": "silu"},
+        {"g": _bounded, "k": lambda _, made: Complement(made["g"])},
+    ),
     "mlstm": Preset(
         "exp_gated_hebb", "Beck et al. 2024, NeurIPS", {**_PLAIN, "gate": "sigmoid"},
         {"g": lambda p, _: decays.ForgetGate(p.d_model, p.heads)},

@@ -21,7 +21,7 @@ from .train.config import TrainConfig
 
 @dataclass(frozen=True)
 class Rules:
-    """The catalogue of rules, or everything about one.
+    """The catalogue of rules and presets, or everything about one.
 
     Example: fastweights rules gated_delta
     """
@@ -138,11 +138,15 @@ def _table(*columns: str) -> Table:
 
 def _rules(options: Rules, console: Console) -> int:
     from .language.rule import FORMS
+    from .models import PRESETS
     from .rules import CATALOGUE
     from .train.config import find_rule
 
     if options.name:
-        _one_rule(find_rule(options.name), console)
+        preset = PRESETS.get(options.name)
+        if preset is not None:
+            _say(console, f"{options.name} is a preset ({preset.cite}): the rule {preset.rule} with {_made(preset)}")
+        _one_rule(find_rule(options.name if preset is None else preset.rule), console)
         return 0
     if options.markdown:
         _say(console, markdown_table())
@@ -154,17 +158,19 @@ def _rules(options: Rules, console: Console) -> int:
         about = f"[dim]{rule.kind}; {forms}{escape(objective)}[/dim]"
         table.add_row(f"[bold]{rule.name}[/bold]", f"{escape(rule.equation())}\n{about}")
     console.print(table)
-    from .models import PRESETS
-
     presets = _table("preset", "rule", "options of the layer; source")
     for name, preset in PRESETS.items():
-        own = "".join(f", {signal} of its own" for signal in preset.signals)
-        options = ", ".join(f"{k} {v}" for k, v in preset.options.items())
-        presets.add_row(f"[bold]{name}[/bold]", preset.rule, f"{options}{own}\n[dim]{escape(preset.cite)}[/dim]")
+        presets.add_row(f"[bold]{name}[/bold]", preset.rule, f"{_made(preset)}\n[dim]{escape(preset.cite)}[/dim]")
     console.print(presets)
     _say(console, "All forms: recurrent, parallel, chunk. Rules combine: r1 >> r2, r * n, r.T. About one: fastweights rules NAME")
     _say(console, "A preset is a published layer, a rule with its programmer: fastweights train --rule NAME")
     return 0
+
+
+def _made(preset: Any) -> str:
+    """How a preset's layer is made."""
+    own = [f"{signal} of its own" for signal in preset.signals]
+    return ", ".join([*(f"{k} {v}" for k, v in preset.options.items()), *own])
 
 
 def markdown_table() -> str:

@@ -61,6 +61,15 @@ def test_one_rule(capfd):
     assert "2 micro-steps" in run(capfd, "rules", "delta * 2")[1]
 
 
+def test_presets_stand_beside_the_rules(capfd, here):
+    assert "retnet" in run(capfd, "rules")[1]
+    assert "rotary True" in run(capfd, "rules", "retnet")[1]
+    code, _, _ = run(
+        capfd, "train", "--rule", "gla,kda", "--steps", "2", "--depth", "2", "--d-model", "16", "--text", "text.txt", "--length", "16"
+    )
+    assert code == 0
+
+
 def test_check(capfd, here):
     code, out, _ = run(capfd, "check", "delta")
     assert (code, "delta: PASS" in out) == (0, True)

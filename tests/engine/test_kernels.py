@@ -410,3 +410,35 @@ def test_a_prepared_call_still_refuses_an_unknown_backend():
                 call()
         fw.scan(R.delta, **low)
         fw.step(R.delta, W, **one)
+
+
+@pytest.mark.parametrize(
+    ("rule", "channels"), [(R.gated_delta, False), (R.gated_delta, True), (R.hebb, False), (R.generalised_delta, True)]
+)
+@pytest.mark.parametrize(("K", "V"), [(5, 7), (64, 32), (16, 33)])
+def test_a_step_takes_a_state_whose_values_lie_side_by_side(rule, channels, K, V):
+    """As transformers keeps it: (keys x values)."""
+    signals = {n: x[:, 0] for n, x in example(rule, 2, 1, 3, K, V, per_channel=channels).items()}
+    W = torch.randn(2, 3, K, V, dtype=torch.float64).transpose(-1, -2)
+    exact = fw.step(rule, W, **signals)
+    kept = W.float().transpose(-1, -2).contiguous()
+    y, _ = fw.step(rule, kept.transpose(-1, -2), out=kept.transpose(-1, -2), **single(signals))
+    close((y, kept.transpose(-1, -2)), (exact.y.float(), exact.state.float()), exact)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_shared_keys_of_many_heads(heads):
+    """Heads that share a key are summed a few at a time, in an order that nothing else changes."""
+    signals = example(R.gated_delta, 2, 40, 12, 16, 8)
+    low = {n: x.float()[:, :, :heads] if n in ("q", "k") else x.float() for n, x in signals.items()}
+    W = torch.zeros(2, 12, 8, 16)
+    exact = gradients(R.gated_delta, {n: x.double() for n, x in low.items()}, (W.double(),), form="recurrent")
+    found = gradients(R.gated_delta, low, (W,), backend="cpu")
+    rounded = gradients(R.gated_delta, low, (W,), form="recurrent")
+    close(found, rounded, exact, more=4 * MORE)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert all(torch.equal(a, b) for a, b in zip(gradients(R.gated_delta, low, (W,), backend="cpu"), found, strict=True))
+    finally:
+        torch.set_num_threads(before)

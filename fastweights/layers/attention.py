@@ -17,7 +17,8 @@ class SoftmaxAttention(nn.Module):
     """Causal softmax attention with rotary positions; ``window`` is how many tokens back it looks, itself included.
 
     ``y, state = layer(x, state)``, x and y (B, T, d_model). The state is the cache: keys and values (B, heads, past, d_head) and
-    the number of tokens so far. Without a window it grows with every token.
+    the number of tokens so far. Without a window it grows with every token. Tokens do not see past those marked in ``reset``, bool
+    (B, T), where documents begin; the state then says which document a kept key is of.
 
     >>> layer = SoftmaxAttention(32, heads=2, window=4)
     >>> y, state = layer(torch.randn(1, 10, 32))
@@ -35,7 +36,7 @@ class SoftmaxAttention(nn.Module):
         self.project = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: Mapping[str, Tensor] | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         steps = x.shape[1]
         q, k, v = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         start = torch.zeros((), dtype=torch.int64) if state is None else state["position"]
@@ -45,13 +46,29 @@ class SoftmaxAttention(nn.Module):
         if state is not None:
             past = state["k"].shape[2]
             k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
-        if past == 0 and (self.window is None or steps <= self.window):
+        document = self._documents(state, reset, x, past)
+        if document is None and past == 0 and (self.window is None or steps <= self.window):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(steps, past, x.device))
+            mask = self._mask(steps, past, x.device)
+            if document is not None:
+                mask = mask & (document[:, past:, None] == document[:, None, :]).unsqueeze(1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         kept = k.shape[2] if self.window is None else min(self.window - 1, k.shape[2])
         new = {"k": k[:, :, k.shape[2] - kept :], "v": v[:, :, v.shape[2] - kept :], "position": start + steps}
+        if document is not None:
+            new["document"] = document[:, document.shape[1] - kept :]
         return self.out(y.transpose(1, 2).flatten(2)), new
+
+    @staticmethod
+    def _documents(state: Mapping[str, Tensor] | None, reset: Tensor | None, x: Tensor, past: int) -> Tensor | None:
+        """The number of the document that every key is of, (B, past + T); None as long as there is one."""
+        if reset is None and (state is None or "document" not in state):
+            return None
+        B, T = x.shape[:2]
+        before = torch.zeros(B, past, dtype=torch.int64, device=x.device) if state is None or "document" not in state else state["document"]
+        begun = torch.zeros(B, T, dtype=torch.int64, device=x.device) if reset is None else reset.to(torch.int64).cumsum(1)
+        return torch.cat([before, begun + (before[:, -1:] if past else 0)], 1)
 
     def _mask(self, steps: int, past: int, device: torch.device) -> Tensor:
         back = (torch.arange(steps, device=device) + past)[:, None] - torch.arange(past + steps, device=device)[None, :]

@@ -24,7 +24,8 @@ class FastWeightLayer(nn.Module):
 
     ``y, state = layer(x, state)`` with x and y (B, T, d_model). The state holds the fast weights (B, heads, d_value, d_key) (or as
     many keys as a feature map makes of d_key), any other state of the rule, and the last inputs of the short convolution, so that
-    a sequence may be cut anywhere: streaming token by token equals the whole. ``None`` is the empty state.
+    a sequence may be cut anywhere: streaming token by token equals the whole. ``None`` is the empty state. Before the tokens marked
+    in ``reset``, bool (B, T), the state is empty again: packed documents do not see each other.
 
     Args:
         rule: any rule; the programmer is built from its signature (see ``Programmer``).
@@ -81,12 +82,12 @@ class FastWeightLayer(nn.Module):
                 f"rotary turns pairs of channels of q and k; {rule.name} has {', '.join(rule.signals)}, of {self.d_feature} channels"
             )
 
-    def forward(self, x: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: Mapping[str, Tensor] | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.d_model:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise SignalError(f"x is {found}, expected a tensor (B, T, d_model = {self.d_model})")
         before = None if state is None else state.get("conv")
-        signals, conv = self.programmer(x, before)
+        signals, conv = self.programmer(x, before) if reset is None else self.programmer(x, before, reset)
         turned = {}
         if self.rotary:
             start = torch.zeros((), dtype=torch.int64, device=x.device) if state is None else state["position"]
@@ -94,7 +95,7 @@ class FastWeightLayer(nn.Module):
             signals |= {n: rotate(signals[n].transpose(1, 2), positions).transpose(1, 2) for n in ("q", "k")}
             turned["position"] = start + x.shape[1]
         memory = self._empty(x, signals) if state is None else tuple(state[n] for n in self.rule.states)
-        y, after = scan(self.rule, **signals, state=memory, form=self.form)
+        y, after = scan(self.rule, **signals, state=memory, reset=reset, form=self.form)
         new = dict(zip(self.rule.states, after if isinstance(after, tuple) else (after,), strict=True)) | turned
         if conv is not None:
             new["conv"] = conv

@@ -28,7 +28,8 @@ class ShortConvolution(nn.Module):
     """A causal convolution of each channel with its own few weights: y_t = sum_j w_j x_{t-j}, j < width.
 
     ``forward(x, state)``: x (B, T, C) and the last width - 1 inputs before it, (B, width - 1, C), zero if None. Returns y and
-    the state after x. ``parts`` says what follows in the same pass over memory (see ``short_convolution``).
+    the state after x. ``parts`` says what follows in the same pass over memory (see ``short_convolution``); before tokens
+    marked in ``reset``, bool (B, T), the inputs are as if they were zero.
 
     >>> conv = ShortConvolution(3, width=2)
     >>> y, state = conv(torch.ones(1, 5, 3), None)
@@ -41,11 +42,26 @@ class ShortConvolution(nn.Module):
         self.width = width
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-1, 1) / math.sqrt(width))
 
-    def forward(self, x: Tensor, state: Tensor | None, parts: tuple[Part, ...] = ()) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None, parts: tuple[Part, ...] = (), reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept = self.width - 1
         state = x.new_zeros(x.shape[0], kept, x.shape[2]) if state is None else state.to(x.dtype)
-        y = short_convolution(x, self.weight[:, 0], state, parts)
-        return y, torch.cat([state, x[:, -kept:]], 1)[:, -kept:].contiguous()
+        if reset is None or not bool(reset.any()):
+            y = short_convolution(x, self.weight[:, 0], state, parts)
+            return y, torch.cat([state, x[:, -kept:]], 1)[:, -kept:].contiguous()
+        rows = [self._documents(x[b : b + 1], state[b : b + 1], parts, reset[b]) for b in range(x.shape[0])]
+        return torch.cat([y for y, _ in rows]), torch.cat([after for _, after in rows])
+
+    def _documents(self, x: Tensor, state: Tensor, parts: tuple[Part, ...], reset: Tensor) -> tuple[Tensor, Tensor]:
+        """One row, whose documents do not see each other."""
+        starts = reset.nonzero().flatten().tolist()
+        done = []
+        for i, j in zip([0, *starts], [*starts, x.shape[1]], strict=True):
+            if i in starts:
+                state = torch.zeros_like(state)
+            if i < j:
+                y, state = self(x[:, i:j], state, parts)
+                done.append(y)
+        return torch.cat(done, 1), state
 
 
 class Programmer(nn.Module):
@@ -57,7 +73,7 @@ class Programmer(nn.Module):
     Values: projection, short convolution, silu (or ``values``: identity). Rates: a sigmoid, doubled with ``negative_eigenvalues``.
     Gates: a sigmoid. Log decays: Mamba's softplus form, per head or per channel. Numbers and other vectors: projections.
 
-    ``forward(x, conv)``: x (B, T, d_model); returns the signals by name, (B, T, heads, ...), and the new convolution state.
+    ``forward(x, conv, reset)``: x (B, T, d_model); returns the signals by name, (B, T, heads, ...), and the new convolution state.
     ``custom`` replaces how single signals are made: a module from x (B, T, d_model) to the signal.
     """
 
@@ -138,12 +154,12 @@ class Programmer(nn.Module):
     def _heads(self, s: Signal) -> int:
         return self.key_heads if _is_address(s) else self.heads
 
-    def forward(self, x: Tensor, conv: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
+    def forward(self, x: Tensor, conv: Tensor | None = None, reset: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
         split = [sum(self.sizes[n] for n in self.convolved), sum(self.sizes[n] for n in self.direct)]
         patterns, numbers = self.project(x).split(split, -1)
         done = {} if self.conv is None else self.parts
         if self.conv is not None:
-            patterns, conv = self.conv(patterns, conv, tuple(self.parts.values()))
+            patterns, conv = self.conv(patterns, conv, tuple(self.parts.values()), reset)
         raw = dict(zip(self.convolved, patterns.split([self.sizes[n] for n in self.convolved], -1), strict=True))
         raw |= dict(zip(self.direct, numbers.split([self.sizes[n] for n in self.direct], -1), strict=True))
         made = {n: self._make(n, z.unflatten(-1, self._axes(n)), done.get(n)) for n, z in raw.items()}

@@ -118,8 +118,8 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(config.d_model, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
-        y, state = self.layer(self.norm(x), state)
+    def forward(self, x: Tensor, state: dict[str, Tensor] | None, reset: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        y, state = self.layer(self.norm(x), state) if reset is None else self.layer(self.norm(x), state, reset)
         x = x + y
         gate, up = self.mlp_in(self.mlp_norm(x)).chunk(2, -1)
         return x + self.mlp_out(F.silu(gate) * up), state
@@ -128,6 +128,7 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """``logits, memory = model(ids, memory)``: ids (B, T) int64, logits (B, T, vocabulary), memory a list with a state a layer.
 
+    Packed documents: ``reset``, bool (B, T), marks the tokens that begin one, before which the memory is empty.
     ``rules`` gives the rules that are not in the catalogue, by the name they have in ``config.layers``.
 
     >>> model = LanguageModel(ModelConfig(layers=("gated_delta", "softmax"), d_model=32, heads=2))
@@ -156,11 +157,11 @@ class LanguageModel(nn.Module):
                 writes = name.endswith((".out", ".mlp_out"))
                 nn.init.normal_(module.weight, std=module.in_features**-0.5 * (deep if writes else 1.0))
 
-    def forward(self, ids: Tensor, memory: Sequence[dict[str, Tensor]] | None = None) -> tuple[Tensor, Memory]:
+    def forward(self, ids: Tensor, memory: Sequence[dict[str, Tensor]] | None = None, reset: Tensor | None = None) -> tuple[Tensor, Memory]:
         x = self.embed(ids)
         new: Memory = []
         for i, block in enumerate(self.blocks):
-            x, state = block(x, None if memory is None else memory[i])
+            x, state = block(x, None if memory is None else memory[i], reset)
             new.append(state)
         return F.linear(self.norm(x), self.embed.weight), new
 

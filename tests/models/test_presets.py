@@ -112,3 +112,24 @@ def test_signals_of_their_own():
 def test_unknown_presets_are_refused_with_those_that_there_are():
     with pytest.raises(fw.RuleError, match="retnet"):
         layer_of("retnets", 24, heads=2)
+
+
+PACKED = ["gated_delta", "retnet", "mlstm", "kda", "softmax", "window:4", "linear_transformer"]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_documents_do_not_see_each_other(name):
+    model = LanguageModel(ModelConfig(layers=(name, name), d_model=24, heads=2, vocabulary=31)).double()
+    ids = torch.randint(31, (2, 23), generator=torch.Generator().manual_seed(0))
+    reset = torch.zeros(2, 23, dtype=torch.bool)
+    reset[0, [0, 5, 6]] = reset[1, [11]] = True
+    packed, memory = model(ids, None, reset)
+    for row, cuts in ((0, [0, 5, 6, 23]), (1, [0, 11, 23])):
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            alone, last = model(ids[row : row + 1, a:b])
+            assert torch.allclose(packed[row, a:b], alone[0], rtol=1e-9, atol=1e-11)
+    more = torch.randint(31, (2, 3), generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(model(more, memory)[0][1], model(more[1:], last)[0][0], rtol=1e-9, atol=1e-11)
+    half, state = model(ids[:, :9], None, reset[:, :9])
+    rest, _ = model(ids[:, 9:], state, reset[:, 9:])
+    assert torch.allclose(torch.cat([half, rest], 1), packed, rtol=1e-9, atol=1e-11)

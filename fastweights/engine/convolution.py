@@ -136,8 +136,9 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
-    *grads, dbias = torch.ops.fastweights.convolve_backward(grad, *ctx.saved_tensors, ctx.parts)
-    return *grads, None if ctx.saved_tensors[3] is None else dbias, None
+    saved = ctx.saved_tensors  # which may be looked at once, under activation checkpointing
+    *grads, dbias = torch.ops.fastweights.convolve_backward(grad, *saved, ctx.parts)
+    return *grads, None if saved[3] is None else dbias, None
 
 
 _ops.impl("convolve", _convolve, "CPU")

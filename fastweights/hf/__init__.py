@@ -1,9 +1,13 @@
-"""Hugging Face: other people's models on this engine (``pip install 'fastweights[hf]'``).
+"""Hugging Face: other people's models on this engine, and this library's as one of transformers' (``pip install 'fastweights[hf]'``).
 
-``fastweights.hf.enable()`` exchanges the functions that transformers' linear-attention layers call; ``accelerate(model)`` does so for
-one model.
+``enable()`` exchanges the functions that transformers' linear-attention layers call; ``accelerate(model)`` does so for one model.
+``FastWeightForCausalLM`` is the language model with ``generate``, ``save_pretrained`` and ``Trainer``; importing this registers it, so that
+``AutoModelForCausalLM.from_pretrained`` finds it.
 """
 
 from .acceleration import Report, accelerate, disable, enable, restore
+from .model import FastWeightCache, FastWeightConfig, FastWeightForCausalLM
 
-__all__ = ["Report", "accelerate", "disable", "enable", "restore"]
+__all__ = [
+    "FastWeightCache", "FastWeightConfig", "FastWeightForCausalLM", "Report", "accelerate", "disable", "enable", "restore",
+]  # fmt: skip

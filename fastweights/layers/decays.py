@@ -48,20 +48,20 @@ class LowRankDecay(nn.Module):
 class FixedDecay(nn.Module):
     """The same g for all tokens, a number a head."""
 
-    g: Tensor
+    log_decay: Tensor
 
     def __init__(self, g: Tensor) -> None:
         super().__init__()
-        self.register_buffer("g", g)
+        self.register_buffer("log_decay", g)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.g.to(torch.promote_types(x.dtype, torch.float32)).expand(*x.shape[:2], -1)
+        return self.log_decay.to(torch.promote_types(x.dtype, torch.float32)).expand(*x.shape[:2], -1)
 
 
 def retention(heads: int) -> FixedDecay:
     """log(1 - 2^(-5-h)). Source: Sun et al. 2023 (RetNet).
 
-    >>> retention(2).g.exp().tolist()
+    >>> retention(2).log_decay.exp().tolist()
     [0.96875, 0.984375]
     """
     return FixedDecay(torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads, dtype=torch.float64)))).float())

@@ -1,5 +1,7 @@
 """Layers: built from a rule's signature, state in and state out, streaming equal to the whole."""
 
+import copy
+
 import pytest
 import torch
 from rows import AFFINE, NOT_AFFINE, R, name
@@ -153,3 +155,12 @@ def test_state_bytes_are_those_of_the_state():
     ):
         state = layer(torch.randn(1, 40, 32))[1]
         assert sum(s.numel() * s.element_size() for s in state.values()) == layer.state_bytes(40)
+
+
+def test_a_layer_can_be_copied():
+    layer = fw.FastWeightLayer(R.gated_delta, 16, heads=2)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(1, 5, 16)
+    assert torch.equal(twin(x)[0], layer(x)[0])
+    assert twin.rule is layer.rule
+    assert twin.programmer.project.weight is not layer.programmer.project.weight

@@ -16,6 +16,8 @@ kernels are taken and have no effect; what would change the result and is not th
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,9 +38,9 @@ _WITHOUT_EFFECT = {
 def _steering(name: str, more: dict[str, Any]) -> None:
     """Arguments beyond those that are served: harmless, not given, or an error."""
     for word, value in more.items():
-        if word == "head_first" and value:
+        if word == "head_first" and value is True:
             raise SignalError(f"{name}: head_first is gone; pass (B, T, H, ...)")
-        if word not in _WITHOUT_EFFECT and value not in (None, False):
+        if word not in _WITHOUT_EFFECT and value is not None and value is not False:
             raise SignalError(f"{name}: {word} = {value!r} is not served here; leave it out")
 
 
@@ -47,41 +49,50 @@ def _lower(name: str, g: Tensor, more: dict[str, Any]) -> Tensor:
     A_log, dt_bias, bound = more.pop("A_log", None), more.pop("dt_bias", None), more.get("lower_bound")
     if not more.pop("use_gate_in_kernel", False):
         return g
-    if A_log is None:
-        raise SignalError(f"{name}: use_gate_in_kernel needs A_log")
+    if A_log is None and bound is None:
+        raise SignalError(f"{name}: use_gate_in_kernel needs A_log, or lower_bound")
     g = g.float()
-    rate = A_log.float().exp().reshape(-1, *(1,) * (g.ndim - 3))
+    rate = torch.ones(1) if A_log is None else A_log.float().exp().reshape(-1, *(1,) * (g.ndim - 3))
     if dt_bias is not None:
         g = g + dt_bias.float().reshape(g.shape[2:])
     return -rate * F.softplus(g) if bound is None else bound * torch.sigmoid(rate * g)
 
 
-def _rate(beta: Tensor, more: dict[str, Any]) -> Tensor:
-    if more.pop("use_beta_sigmoid_in_kernel", False):
-        beta = beta.float().sigmoid()
-    return beta * 2 if more.pop("allow_neg_eigval", False) else beta
+def _rate(name: str, beta: Tensor, more: dict[str, Any]) -> Tensor:
+    inside, twice = more.pop("use_beta_sigmoid_in_kernel", False), more.pop("allow_neg_eigval", False)
+    if twice and not inside:
+        raise SignalError(f"{name}: allow_neg_eigval doubles what use_beta_sigmoid_in_kernel makes; set both, or double beta yourself")
+    return beta.float().sigmoid() * (2 if twice else 1) if inside else beta
 
 
-def _same(name: str, function: Any) -> Any:
-    """The function under a second name: the engine chooses the form."""
+def _variant(name: str, function: Callable[..., Any], order: str) -> Any:
+    """A function under another name, or with its arguments in fla's order: the engine chooses the form."""
+    names, known = order.split(), inspect.signature(function).parameters
 
     @functools.wraps(function)
-    def alias(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+    def variant(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(names) or any(n in kwargs for n in names[: len(args)]):
+            raise TypeError(f"{name}{signature}: got {len(args)} positional arguments and {', '.join(kwargs) or 'no others'}")
+        return function(**dict(zip(names, args, strict=False)), **kwargs)
 
-    alias.__name__ = alias.__qualname__ = name
-    return alias
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(n, kind, default=known[n].default if n in known else None) for n in names]
+    signature = inspect.Signature([*parameters, inspect.Parameter("more", inspect.Parameter.VAR_KEYWORD)])
+    variant.__name__ = variant.__qualname__ = name
+    variant.__signature__ = signature  # type: ignore[attr-defined]
+    return variant
 
 
 # ---- rules that erase ------------------------------------------------------------------------------------------------
 
 
 def chunk_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None,
     output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
 ) -> Result:  # fmt: skip
-    """DeltaNet: W <- W + beta (v - W k) k^T; beta (B, T, H)."""
+    """DeltaNet: W <- W + beta (v - W k) k^T; beta (B, T, H), 1 if it is None."""
     _steering("chunk_delta_rule", more)
+    beta = torch.ones_like(v[..., 0]) if beta is None else beta
     given = {"q": q, "k": k, "v": v, "beta": beta}
     return run(
         R.delta, given, scale=scale, state=initial_state, keep_state=output_final_state, cu_seqlens=cu_seqlens,
@@ -96,7 +107,7 @@ def chunk_gated_delta_rule(
 ) -> Result:  # fmt: skip
     """Gated DeltaNet: W <- exp(g) W, then the delta rule; g, beta (B, T, H), with fewer heads of q and k if their number divides H."""
     more |= {"use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel, "allow_neg_eigval": allow_neg_eigval}
-    g, beta = _lower("chunk_gated_delta_rule", g, more), _rate(beta, more)
+    g, beta = _lower("chunk_gated_delta_rule", g, more), _rate("chunk_gated_delta_rule", beta, more)
     _steering("chunk_gated_delta_rule", more)
     return run(
         R.gated_delta, {"q": q, "k": k, "v": v, "beta": beta, "g": g}, scale=scale, state=initial_state, keep_state=output_final_state,
@@ -170,11 +181,13 @@ def chunk_gdn2(
 
 
 def chunk_comba(
-    q: Tensor, k: Tensor, v: Tensor, p: Tensor, g: Tensor, beta: Tensor, scale: float | None = None, initial_state: Tensor | None = None,
-    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
+    q: Tensor, k: Tensor, v: Tensor, p: Tensor, g: Tensor, beta: Tensor | None = None, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None, **more: Any,
 ) -> Result:  # fmt: skip
     """Comba: W <- exp(g) W - beta (W p) k^T + beta v k^T, where p reads the undecayed W, as its kernels do."""
     _steering("chunk_comba", more)
+    beta = torch.ones_like(v[..., 0]) if beta is None else beta
     if use_qk_l2norm_in_kernel:
         p = p * torch.rsqrt(p.float().square().sum(-1, keepdim=True) + 1e-6)
     given = {"q": q, "k": k, "v": v, "p": p, "beta": beta, "d": torch.zeros_like(beta), "g": g}
@@ -184,7 +197,9 @@ def chunk_comba(
     )  # fmt: skip
 
 
-def fused_recurrent_comba(q: Tensor, k: Tensor, p: Tensor, v: Tensor, g: Tensor, beta: Tensor, *args: Any, **more: Any) -> Result:
+def fused_recurrent_comba(
+    q: Tensor, k: Tensor, p: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, *args: Any, **more: Any
+) -> Result:
     """The same; p comes before v here."""
     return chunk_comba(q, k, v, p, g, beta, *args, **more)
 
@@ -307,6 +322,7 @@ def chunk_linear_attn(
         return o, W
     sums = {"q": q.float(), "k": k.float(), "v": torch.ones_like(k[..., :1], dtype=torch.float32)}  # the keys' sum is one more value
     below, z = run(R.hebb, sums, state=None if z is None else z.squeeze(1).unsqueeze(-1), **how)
+    below = below.repeat_interleave(o.shape[2] // below.shape[2], 2)  # of heads that share a key
     o = (o.float() / (below + 1e-10)).to(o.dtype)
     return o, None if W is None or z is None else (W, z.squeeze(-1).unsqueeze(1))
 
@@ -318,14 +334,48 @@ def fused_recurrent_linear_attn(
     return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, reverse=reverse, **more)
 
 
-fused_chunk_delta_rule = _same("fused_chunk_delta_rule", chunk_delta_rule)
-fused_recurrent_delta_rule = _same("fused_recurrent_delta_rule", chunk_delta_rule)
-fused_chunk_gla = _same("fused_chunk_gla", chunk_gla)
-fused_chunk_simple_gla = _same("fused_chunk_simple_gla", chunk_simple_gla)
-fused_recurrent_simple_gla = _same("fused_recurrent_simple_gla", chunk_simple_gla)
-fused_chunk_retention = _same("fused_chunk_retention", chunk_retention)
-fused_chunk_linear_attn = _same("fused_chunk_linear_attn", chunk_linear_attn)
-fused_recurrent_lightning_attn = _same("fused_recurrent_lightning_attn", chunk_lightning_attn)
-fused_recurrent_rwkv6 = _same("fused_recurrent_rwkv6", chunk_rwkv6)
-fused_recurrent_dplr_delta_rule = _same("fused_recurrent_dplr_delta_rule", chunk_dplr_delta_rule)
-fused_recurrent_gdn2 = _same("fused_recurrent_gdn2", chunk_gdn2)
+_COMMON = "scale initial_state output_final_state"
+_GATE = "use_qk_l2norm_in_kernel use_gate_in_kernel"
+_BETA = "use_beta_sigmoid_in_kernel allow_neg_eigval"
+_KDA_END = "safe_gate lower_bound disable_recompute return_intermediate_states state_v_first cu_seqlens cu_seqlens_cpu cp_context"
+chunk_kda = _variant("chunk_kda", chunk_kda, f"q k v g beta {_COMMON} {_GATE} {_BETA} {_KDA_END}")
+fused_recurrent_kda = _variant(
+    "fused_recurrent_kda", fused_recurrent_kda, f"q k v g beta A_log dt_bias {_COMMON} {_GATE} {_BETA} lower_bound state_v_first cu_seqlens"
+)
+fused_recurrent_gated_delta_rule = _variant(
+    "fused_recurrent_gated_delta_rule", fused_recurrent_gated_delta_rule,
+    f"q k v g gk gv beta {_COMMON} {_GATE} A_log dt_bias {_BETA} state_v_first cu_seqlens",
+)  # fmt: skip
+chunk_gdn2 = _variant(
+    "chunk_gdn2", chunk_gdn2,
+    f"q k v g b w {_COMMON} {_GATE} cu_seqlens cu_seqlens_cpu safe_gate lower_bound disable_recompute return_intermediate_states"
+    " state_v_first",
+)  # fmt: skip
+fused_recurrent_gdn2 = _variant(
+    "fused_recurrent_gdn2", chunk_gdn2, f"q k v g b w A_log dt_bias {_COMMON} {_GATE} lower_bound state_v_first cu_seqlens"
+)
+fused_recurrent_gla = _variant("fused_recurrent_gla", fused_recurrent_gla, f"q k v gk gv {_COMMON} reverse state_v_first cu_seqlens")
+fused_recurrent_retention = _variant(
+    "fused_recurrent_retention", fused_recurrent_retention, f"q k v {_COMMON} reverse state_v_first cu_seqlens"
+)
+fused_recurrent_linear_attn = _variant(
+    "fused_recurrent_linear_attn", fused_recurrent_linear_attn, f"q k v {_COMMON} reverse normalize cu_seqlens"
+)
+fused_recurrent_simple_gla = _variant(
+    "fused_recurrent_simple_gla", chunk_simple_gla, f"q k v g g_gamma {_COMMON} reverse state_v_first cu_seqlens"
+)
+fused_recurrent_lightning_attn = _variant(
+    "fused_recurrent_lightning_attn", chunk_lightning_attn, f"q k v layer_idx num_layers {_COMMON} reverse cu_seqlens"
+)
+fused_recurrent_rwkv6 = _variant("fused_recurrent_rwkv6", chunk_rwkv6, f"r k v w u {_COMMON} reverse cu_seqlens")
+fused_recurrent_dplr_delta_rule = _variant(
+    "fused_recurrent_dplr_delta_rule", chunk_dplr_delta_rule, f"q k v a b gk {_COMMON} reverse cu_seqlens"
+)
+fused_recurrent_delta_rule = _variant(
+    "fused_recurrent_delta_rule", chunk_delta_rule, f"q k v beta {_COMMON} use_qk_l2norm_in_kernel cu_seqlens"
+)
+fused_chunk_delta_rule = _variant("fused_chunk_delta_rule", chunk_delta_rule, f"q k v beta {_COMMON} use_qk_l2norm_in_kernel cu_seqlens")
+fused_chunk_gla = _variant("fused_chunk_gla", chunk_gla, f"q k v g {_COMMON} state_v_first cu_seqlens")
+fused_chunk_simple_gla = _variant("fused_chunk_simple_gla", chunk_simple_gla, f"q k v g g_gamma {_COMMON} cu_seqlens")
+fused_chunk_retention = _variant("fused_chunk_retention", chunk_retention, f"q k v {_COMMON} cu_seqlens")
+fused_chunk_linear_attn = _variant("fused_chunk_linear_attn", chunk_linear_attn, f"q k v {_COMMON} normalize cu_seqlens")

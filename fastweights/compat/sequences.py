@@ -24,7 +24,8 @@ def run(
     reverse: bool = False,
     l2norm: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """y (B, T, H, V) in the dtype of the values, and the final state (N, H, K, V) in float32, or None unless it is kept.
+    """y (B, T, H, V) in the dtype of the values, and the final state (N, H, K, V) in float32 (float64 for float64 signals), or None unless
+    it is kept.
 
     ``cu_seqlens`` are the offsets of N sequences that lie one behind the other in one batch row; without it N = B. 16-bit signals
     are computed in float32. ``l2norm`` divides keys and queries by the root of their squared norm + 1e-6.
@@ -38,7 +39,10 @@ def run(
     if reverse:
         signals = {n: x.flip(1) for n, x in signals.items()}
     W = None if state is None else (state if value_first else state.transpose(-1, -2)).to(wide)
-    y, W = _scan(rule, signals, W, keep_state, _offsets(rule, cu_seqlens, signals, W, reverse))
+    ends = _offsets(rule, cu_seqlens, signals, W, reverse)
+    backwards = reverse and bool(ends)  # the last sequence comes first, and so do its states
+    y, W = _scan(rule, signals, W.flip(0) if backwards and W is not None else W, keep_state, ends)
+    W = W.flip(0) if backwards else W
     if reverse:
         y = y.flip(1)
     if not keep_state:

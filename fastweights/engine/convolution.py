@@ -82,7 +82,7 @@ def _in_torch(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...]
     for part, s in zip(parts, z.split([p.channels for p in parts], -1), strict=True):
         s = F.silu(s) if part.silu else s
         done.append(l2_normalised(s.unflatten(-1, (-1, part.group))).flatten(-2) if part.group else s)
-    return torch.cat(done, -1)
+    return torch.cat(done, -1).to(x.dtype)
 
 
 _ops = torch.library.Library("fastweights", "FRAGMENT")

@@ -15,6 +15,7 @@ import inspect
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -67,9 +68,10 @@ _BY_NAME = {seam.name: seam for seam in SEAMS}
 
 
 class _Switch(threading.local):
-    """Whether calls are exchanged in this thread because an accelerated layer is running."""
+    """How many accelerated layers are running in this thread: their calls are exchanged."""
 
-    depth = 0
+    def __init__(self) -> None:
+        self.depth = 0
 
 
 _here, _everywhere = _Switch(), [0]
@@ -122,13 +124,13 @@ def _owner(module: ModuleType, name: str) -> tuple[Any, str]:
 
 
 class _Exchanges:
-    """All functions that are exchanged now, and how many users each module has."""
+    """All functions that are exchanged now, and for whom: switches and layers."""
 
     def __init__(self) -> None:
-        self.users: dict[str, int] = {}
+        self.users: dict[str, weakref.WeakSet[Any]] = {}
 
-    def add(self, module: ModuleType, report: Report) -> None:
-        self.users[module.__name__] = self.users.get(module.__name__, 0) + 1
+    def add(self, module: ModuleType, user: Any, report: Report) -> None:
+        self.users.setdefault(module.__name__, weakref.WeakSet()).add(user)
         for name, seam in _BY_NAME.items():
             owner, last = _owner(module, name)
             found = owner.__dict__.get(last)
@@ -143,9 +145,12 @@ class _Exchanges:
                 setattr(owner, last, _exchange(found, seam))
                 report.exchanged.append(where)
 
-    def remove(self, name: str) -> None:
-        self.users[name] -= 1
-        if self.users[name]:
+    def remove(self, name: str, user: Any) -> None:
+        users = self.users.get(name)
+        if users is None:
+            return
+        users.discard(user)
+        if users:
             return
         del self.users[name]
         for function in _BY_NAME if name in sys.modules else ():
@@ -205,7 +210,7 @@ class enable:
         enable._active.append(self)
 
     def _add(self, module: ModuleType) -> None:
-        _exchanges.add(module, self.report)
+        _exchanges.add(module, self, self.report)
         self.modules.append(module.__name__)
 
     def __enter__(self) -> Report:
@@ -222,7 +227,7 @@ class enable:
         sys.meta_path.remove(self.later)
         _everywhere[0] -= 1
         for name in self.modules:
-            _exchanges.remove(name)
+            _exchanges.remove(name, self)
 
 
 def disable() -> None:
@@ -242,11 +247,11 @@ def accelerate(model: nn.Module) -> Report:
     report = Report()
     for layer in _layers(model):
         module = sys.modules[type(layer).__module__]
-        if "fastweights_module" in layer.__dict__:
+        _exchanges.add(module, layer, report)
+        if _enter in layer._forward_pre_hooks.values():
             continue
-        _exchanges.add(module, report)
-        layer.__dict__["fastweights_module"] = module.__name__
-        layer.__dict__["forward"] = _running(layer)
+        layer.register_forward_pre_hook(_enter)
+        layer.register_forward_hook(_leave, always_call=True)
         for seam in SEAMS:  # before 5.15 a layer keeps its functions
             held = getattr(layer, seam.attribute, None) if seam.attribute else None
             if callable(held) and not hasattr(held, "fastweights_original") and not _unfit(held, seam):
@@ -258,15 +263,17 @@ def accelerate(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> None:
     """The layers of the model as they were before ``accelerate``."""
     for layer in model.modules():
-        name = layer.__dict__.pop("fastweights_module", None)
-        if name is None:
+        if _enter not in layer._forward_pre_hooks.values():
             continue
-        del layer.__dict__["forward"]
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for number in [n for n, hook in hooks.items() if hook in (_enter, _leave)]:
+                del hooks[number]
+                layer._forward_hooks_always_called.pop(number, None)
         for seam in SEAMS:
             held = layer.__dict__.get(seam.attribute) if seam.attribute else None
             if held is not None and hasattr(held, "fastweights_original"):
                 setattr(layer, seam.attribute, held.fastweights_original)  # type: ignore[arg-type]
-        _exchanges.remove(name)
+        _exchanges.remove(type(layer).__module__, layer)
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -281,15 +288,9 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
             yield layer
 
 
-def _running(layer: nn.Module) -> Function:
-    plain = layer.forward
+def _enter(layer: nn.Module, args: Any) -> None:
+    _here.depth += 1
 
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        _here.depth += 1
-        try:
-            return plain(*args, **kwargs)
-        finally:
-            _here.depth -= 1
 
-    return forward
+def _leave(layer: nn.Module, args: Any, output: Any) -> None:
+    _here.depth = max(_here.depth - 1, 0)

@@ -43,11 +43,14 @@ def serves_delta(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Ten
 
 def gated_delta(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64, initial_state: Tensor | None = None,
-    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None, **_: Any,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(output (B, T, H, V) in the dtype of the query, state (B, H, K, V) in float32 or None): g (B, T, H) or (B, T, H, K)."""
     state = initial_state
-    if cu_seqlens is None and query.shape[1] == 1 and state is not None and state.dtype == torch.float32 and not torch.is_grad_enabled():
+    cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens  # Kimi's layers hand on the one name, Qwen's the other
+    one = query.shape[1] == 1 and cu_seqlens is None and output_final_state and not torch.is_grad_enabled()
+    if one and state is not None and state.dtype == torch.float32 and state.is_contiguous():
         return _delta_step(query, key, value, g, beta, state, use_qk_l2norm_in_kernel)
     y, state = run(
         R.gated_delta, {"q": query, "k": key, "v": value, "beta": beta, "g": g}, state=state, keep_state=output_final_state,
@@ -232,6 +235,6 @@ def conv_step(
     seen = torch.cat([conv_state, hidden_states.to(conv_state.dtype)], -1)
     conv_state.copy_(seen[..., -conv_state.shape[-1] :])
     width, steps = weight.shape[-1], hidden_states.shape[-1]
-    y = (seen[..., -(width + steps - 1) :].unfold(-1, width, 1) * weight.unsqueeze(1)).sum(-1)
-    y = y if bias is None else y + bias.unsqueeze(-1)
+    y = (seen[..., -(width + steps - 1) :].float().unfold(-1, width, 1) * weight.float().unsqueeze(1)).sum(-1)
+    y = y if bias is None else y + bias.float().unsqueeze(-1)
     return (y if activation is None else F.silu(y)).to(hidden_states.dtype)

@@ -112,7 +112,7 @@ def feature_map(name: str, d: int, heads: int = 1) -> FeatureMap:
     48
     """
     kind, _, number = name.partition(":")
-    if number and (kind not in ("dpfp", "favor") or not number.isdigit() or int(number) < 1):
+    if number and (kind not in ("dpfp", "favor") or not (number.isascii() and number.isdigit()) or int(number) < 1):
         raise SignalError(f"feature_map is {name!r}; known: {', '.join(NAMES)}, with a whole number from 1")
     if kind == "dpfp":
         nu = int(number or 1)

@@ -62,6 +62,8 @@ class FastWeightLayer(nn.Module):
         super().__init__()
         if not isinstance(rule, Rule):
             raise SignalTypeError(f"rule is a {type(rule).__name__}, expected a Rule such as fw.rules.delta, or a function under @fw.rule")
+        if heads < 1:
+            raise SignalError(f"heads is {heads}, expected at least 1")
         if (d_key is None or d_value is None) and d_model % heads:
             raise SignalError(f"d_model = {d_model} is not a multiple of heads = {heads}; give d_key and d_value, or other heads")
         if gate not in _GATES:
@@ -114,7 +116,7 @@ class FastWeightLayer(nn.Module):
     def state_bytes(self, tokens: int) -> int:
         """Bytes of state for one sequence of that many tokens: the same for any number."""
         del tokens
-        sizes = [math.prod(s.shapes(self.d_key, self.d_value)[0]) for s in self.rule.states.values()]
+        sizes = [math.prod(s.shapes(self.d_feature, self.d_value)[0]) for s in self.rule.states.values()]
         conv = getattr(self.programmer, "conv", None)
         short = 0 if conv is None else (conv.width - 1) * conv.weight.shape[0]
         return 4 * (self.heads * sum(sizes) + short)

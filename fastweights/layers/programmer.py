@@ -163,8 +163,12 @@ class Programmer(nn.Module):
         raw = dict(zip(self.convolved, patterns.split([self.sizes[n] for n in self.convolved], -1), strict=True))
         raw |= dict(zip(self.direct, numbers.split([self.sizes[n] for n in self.direct], -1), strict=True))
         made = {n: self._make(n, z.unflatten(-1, self._axes(n)), done.get(n)) for n, z in raw.items()}
-        made |= {n: module(x) for n, module in self.custom.items()}
+        made |= {n: self._own(n, module(x), patterns.dtype) for n, module in self.custom.items()}
         return {n: made[n] for n in self.rule.signals}, conv
+
+    def _own(self, name: str, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a module of one's own made, its patterns in the type of the others (which autocast may have chosen)."""
+        return z.to(dtype) if _is_pattern(self.rule.signals[name]) and self.convolved else z
 
     def _axes(self, name: str) -> tuple[int, ...]:
         """Of what is projected, before a feature map."""

@@ -47,7 +47,7 @@ class Complement(nn.Module):
         self.of = (decay,)  # whose parameters belong to the decay
 
     def forward(self, x: Tensor) -> Tensor:
-        return (1 - self.of[0].decay(x)).to(x.dtype)
+        return 1 - self.of[0].decay(x)
 
 
 def _bounded(place: Place, made: Mapping[str, Any]) -> decays.LowerBoundedDecay:
@@ -123,7 +123,7 @@ def layer_of(
       ...
     """
     found = preset(name)
-    place = Place(d_model, heads, d_key or d_model // heads, index, depth)
+    place = Place(d_model, heads, d_key or d_model // max(heads, 1), index, depth)
     custom: dict[str, nn.Module] = {}
     for signal, make in found.signals.items():
         custom[signal] = make(place, custom)

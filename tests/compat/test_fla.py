@@ -1,8 +1,10 @@
 """fla's functional interface: against its own token-by-token references, where fla-core is installed, and against itself."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,6 +211,8 @@ def test_bfloat16_and_gradients():
         (lambda x: fla.chunk_delta_rule(*(x[n][:1] for n in ("q", "k", "v", "beta")), cu_seqlens=[0, 40]), "from 0 to T = 37"),
         (lambda x: fla.chunk_gated_delta_product(x["q"], x["k"], x["v"], x["g"], x["beta"], 2), "num_householder"),
         (lambda x: fla.chunk_kda(x["q"], x["k"], x["v"], x["q"], x["beta"], use_gate_in_kernel=True), "A_log"),
+        (lambda x: fla.chunk_gla(x["q"], x["k"], x["v"], x["q"], g_gamma=torch.ones(2)), "g_gamma"),
+        (lambda x: fla.chunk_gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], allow_neg_eigval=True), "set both"),
     ],
 )
 def test_what_is_not_served_is_named(call, said):
@@ -216,6 +220,43 @@ def test_what_is_not_served_is_named(call, said):
         call(draw())
 
 
-def test_second_names_keep_their_signature():
-    assert inspect.signature(fla.fused_chunk_gla) == inspect.signature(fla.chunk_gla)
-    assert fla.fused_chunk_gla.__name__ == "fused_chunk_gla"
+def theirs():
+    """The order of arguments of every function of fla.ops, read from its source."""
+    try:
+        root = importlib.metadata.distribution("fla-core").locate_file("fla/ops")
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = {}
+    for path in sorted(Path(str(root)).glob("*/*.py")) + sorted(Path(str(root)).glob("*/dplr/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and hasattr(fla, node.name) and not any(a.arg == "self" for a in node.args.args):
+                found[node.name] = [a.arg for a in node.args.args]
+    return {n: order for n, order in found.items() if order}
+
+
+@pytest.mark.parametrize("name", theirs())
+def test_arguments_come_in_their_order(name):
+    mine = [p.name for p in inspect.signature(getattr(fla, name)).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    order = theirs()[name]
+    assert mine == order[: len(mine)]
+    assert getattr(fla, name).__name__ == name
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_packed_sequences_backwards(keep):
+    x = {n: t[:1] for n, t in draw(channel=True).items()}
+    ends, states = torch.tensor([0, 5, 5, 37]), torch.randn(3, 2, 8, 5) if keep else None
+    given = [x[n] for n in ("q", "k", "v", "g")]
+    y, S = fla.fused_recurrent_gla(*given, initial_state=states, output_final_state=True, reverse=True, cu_seqlens=ends)
+    for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
+        part, first = [t[:, a:b] for t in given], None if states is None else states[i : i + 1]
+        one = fla.fused_recurrent_gla(*part, initial_state=first, output_final_state=True, reverse=True)
+        close(y[:, a:b], one[0])
+        close(S[i : i + 1], one[1])
+
+
+def test_normalised_linear_attention_with_shared_keys():
+    x = draw(H=4)
+    q, k = x["q"][:, :, :2].exp(), x["k"][:, :, :2].exp()
+    wide = [t.repeat_interleave(2, 2) for t in (q, k)]
+    close(fla.chunk_linear_attn(q, k, x["v"])[0], fla.chunk_linear_attn(*wide, x["v"])[0])

@@ -19,3 +19,9 @@ def test_short_convolution(B, T, C, width):
     assert all((a - b).norm() <= 1e-6 * (b.norm() + 1) for a, b in zip(*results, strict=True))
     across = x.mT.contiguous().mT
     assert torch.equal(short_convolution(across, w, before, after), short_convolution(x, w, before, after))
+
+
+@pytest.mark.parametrize(("T", "width"), [(5, 4), (0, 4), (5, 9), (5, 1)])
+def test_what_comes_out_has_the_type_of_what_went_in(T, width):
+    y = short_convolution(torch.zeros(1, T, 3, dtype=torch.bfloat16), torch.ones(3, width), torch.zeros(1, width - 1, 3))
+    assert y.dtype == torch.bfloat16

@@ -1,5 +1,7 @@
 """Models of transformers compute the same with our functions in the place of theirs, and are as they were afterwards."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import types
@@ -106,7 +108,45 @@ def test_one_model_and_back(monkeypatch):
     seen.clear()
     assert torch.equal(logits(mine), plain)
     assert not seen
-    assert "forward" not in mine.model.layers[0].linear_attn.__dict__
+    assert not mine.model.layers[0].linear_attn._forward_pre_hooks
+    assert not mine.model.layers[0].linear_attn._forward_hooks
+
+
+def test_copies_of_an_accelerated_model_are_models_of_their_own():
+    model = models.build("mamba2")
+    plain = logits(model)
+    hf.accelerate(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        close(logits(twin), plain)
+        with torch.no_grad():
+            for p in twin.backbone.layers.parameters():
+                p.zero_()
+        assert twin.backbone.layers[0].mixer(torch.randn(1, 5, 64)).abs().max() == 0
+        hf.restore(twin)
+        close(logits(model), plain)
+    hf.restore(model)
+    assert torch.equal(logits(model), plain)
+
+
+def test_a_layer_that_fails_leaves_the_switch_as_it_was():
+    model = models.build("mamba2")
+    hf.accelerate(model)
+    with pytest.raises(Exception, match=r"shape|size|mat"):
+        model.backbone.layers[0].mixer(torch.randn(1, 5, 3))
+    assert acceleration._here.depth == 0
+    hf.restore(model)
+
+
+def test_a_compiled_model_runs_again_and_again():
+    model = models.build("mamba2")
+    plain = logits(model)
+    hf.accelerate(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(3):
+        with torch.no_grad():
+            close(compiled(IDS, use_cache=False).logits, plain)
+    compiled(IDS, use_cache=False).logits.sum().backward()
+    hf.restore(model)
 
 
 def test_nested_switches_end_one_by_one():
@@ -118,6 +158,15 @@ def test_nested_switches_end_one_by_one():
         assert module.torch_chunk_gated_delta_rule is not original
     assert module.torch_chunk_gated_delta_rule is original
     hf.disable()
+
+
+def test_packed_sequences_of_kimi():
+    """transformers itself runs them into each other."""
+    layer = models.build("kimi_linear").model.layers[0].self_attn
+    x, ends = torch.randn(1, 30, 64), torch.tensor([0, 12, 30], dtype=torch.int32)
+    alone = [layer(x[:, a:b]) for a, b in ((0, 12), (12, 30))]
+    with hf.enable():
+        close(layer(x, cu_seq_lens_q=ends), torch.cat(alone, 1))
 
 
 def test_packed_sequences_work():
@@ -212,3 +261,8 @@ def test_a_decoded_token_rewrites_the_cache_in_place():
     with torch.no_grad():
         _, after = acceleration.functions.gated_delta(**given, initial_state=state)
     assert after.data_ptr() == state.data_ptr()
+    kept = state.clone()
+    with torch.no_grad():
+        _, none = acceleration.functions.gated_delta(**given | {"output_final_state": False}, initial_state=state)
+    assert none is None
+    assert torch.equal(state, kept)

@@ -32,6 +32,16 @@ def test_a_preset_streams_and_every_parameter_learns(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_knows_the_size_of_its_state_and_runs_under_autocast(name):
+    layer = made(name).float()
+    _, state = layer(X[:1].float())
+    kept = sum(x.numel() * 4 for n, x in state.items() if n != "position")
+    assert layer.state_bytes(11) == kept
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(X.float())[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_layer_of_a_model_that_is_stored(name, tmp_path):
     model = LanguageModel(ModelConfig(layers=(name, "softmax", name), d_model=24, heads=2, vocabulary=31))
     ids = torch.randint(31, (2, 9))

@@ -7,7 +7,7 @@
 // columns instead. There is nothing to save: a step that needs a gradient is a scan of one token.
 #include <type_traits>
 
-#include "chunk.h"
+#include "rows.h"
 
 namespace fw {
 

@@ -1,0 +1,172 @@
+// Rows of tensors in and out of scratch memory, and the products of rows with the state S, which is kept in panels of values.
+#pragma once
+#include "problem.h"
+
+namespace fw {
+
+// Rows that the next chunk will load. They are fetched a few lines at a time between the products of this one: a processor waits
+// for memory where it is asked for more lines at once than it can have under way.
+struct Ahead {
+    static constexpr int MOST = 32 * C, PIECE = 256, LINE = 64;  // pieces; bytes a piece and a line
+    const char* piece[MOST];
+    int count = 0, done = 0, calls = 0, each = 2;  // as many each time as spread the last chunk's evenly
+
+    INLINE void clear() {
+        if (calls) each = (count + calls - 1) / calls;
+        count = done = calls = 0;
+    }
+    INLINE void add(const Tensor& t, int64_t offset, int64_t n) {
+        const int64_t size = t.type == F32 ? 4 : 2;
+        if (t.channel == 1) add(t.data + offset * size, n * size);
+    }
+    INLINE void add(const void* data, int64_t bytes) {
+        for (int64_t at = 0; at < bytes && count < MOST; at += PIECE) piece[count++] = static_cast<const char*>(data) + at;
+    }
+    INLINE void fetch() {
+        calls++;
+        for (int i = 0; i < each && done < count; i++, done++)
+#pragma GCC unroll 4
+            for (int line = 0; line < PIECE; line += LINE) __builtin_prefetch(piece[done] + line);
+    }
+};
+
+// Copies a row of a tensor, times a number, padded with zeros.
+SHARED void load_row(float* out, const Tensor& t, int64_t offset, int n, int padded, float scale) {
+    const Type type = static_cast<Type>(t.type);
+    int i = 0;
+    if (t.channel == 0 && n > 0) {  // one number for all
+        const vec same = broadcast(load_one(t.data, offset, type) * scale);
+        for (; i + L <= n; i += L) store(out + i, same);
+    } else if (t.channel == 1) {
+        if (type == F32) {
+            const float* from = reinterpret_cast<const float*>(t.data) + offset;
+            for (; i + L <= n; i += L) store(out + i, load(from + i) * scale);
+        } else {
+            const uint16_t* from = reinterpret_cast<const uint16_t*>(t.data) + offset;
+            for (; i + L <= n; i += L) store(out + i, load16(from + i, type) * scale);
+        }
+    }
+    for (; i < n; i++) out[i] = load_one(t.data, offset + i * t.channel, type) * scale;
+    for (; i < padded; i++) out[i] = 0;
+}
+
+// `count` such rows, one a token from `offset` on, each times a number if numbers are given; zeros for a tensor that is not there.
+SHARED void load_rows(float* out, int out_stride, const Tensor& t, int64_t offset, int count, int n, int padded, const float* scales, int stride) {
+    if (t && t.channel == 1 && t.type == F32 && n == padded) {
+        const float* from = reinterpret_cast<const float*>(t.data) + offset;
+        for (int r = 0; r < count; r++, from += t.time, out += out_stride) {
+            const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
+            for (int i = 0; i < n; i += L) store(out + i, load(from + i) * scale);
+        }
+        return;
+    }
+    for (int r = 0; r < count; r++, out += out_stride) {
+        if (t) load_row(out, t, offset + r * t.time, n, padded, scales ? scales[r * stride] : 1.0f);
+        else std::memset(out, 0, sizeof(float) * padded);
+    }
+}
+
+SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, float scale, bool add) {
+    const Type type = static_cast<Type>(t.type);
+    int i = 0;
+    if (t.channel == 1 && type == F32) {
+        float* to = reinterpret_cast<float*>(t.data) + offset;
+        for (; i + L <= n; i += L) store(to + i, add ? load(to + i) + load(row + i) * scale : load(row + i) * scale);
+    } else if (t.channel == 1 && !add) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(t.data) + offset;
+        for (; i + L <= n; i += L) store16(to + i, load(row + i) * scale, type);
+    }
+    for (; i < n; i++) {
+        int64_t at = offset + i * t.channel;
+        store_one(t.data, at, (add ? load_one(t.data, at, type) : 0.0f) + row[i] * scale, type);
+    }
+}
+
+SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int rows_stride, int count, int n, const float* scales, int stride) {
+    const bool add = t.heads != 0;  // a head before this one has written the sum so far
+    if (t.channel == 1 && t.type == F32 && n % L == 0 && !add) {
+        float* to = reinterpret_cast<float*>(t.data) + offset;
+        for (int r = 0; r < count; r++, to += t.time, rows += rows_stride) {
+            const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
+            for (int i = 0; i < n; i += L) store(to + i, load(rows + i) * scale);
+        }
+        return;
+    }
+    for (int r = 0; r < count; r++, rows += rows_stride) store_row(t, offset + r * t.time, rows, n, scales ? scales[r * stride] : 1.0f, add);
+}
+
+// ---- products with S, in panels ------------------------------------------------------------------------------------
+
+struct Panels {
+    int first, last;
+};
+INLINE Panels all(const Layout& at) { return {0, at.panels}; }
+
+// out[r] = rows[r] . S for `count` rows (out and rows have room for whole tiles)
+SHARED void read_rows(Ahead& next, const Layout& at, Panels of, float* out, const float* rows, const float* S, int count) {
+    for (int n = of.first; n < of.last; n++)
+        for (int r = 0; r < count; r += MR) {
+            next.fetch();
+            float* to = out + r * at.Vp + n * at.panel;
+            const float *a = rows + r * at.Kp, *s = S + n * at.Kp * at.panel;
+            if (at.panel == L) tile<MR, 1, ZERO>(to, at.Vp, a, at.Kp, 1, s, L, at.K, nullptr, nullptr, 0);
+            else tile<MR, 2, ZERO>(to, at.Vp, a, at.Kp, 1, s, 2 * L, at.K, nullptr, nullptr, 0);
+        }
+}
+
+// S = diag(scale) from + keys^T values
+SHARED void write_rows(Ahead& next, const Layout& at, Panels of, float* S, const float* from, const float* scale, int scale_stride,
+                       const float* keys, const float* values, int count) {
+    for (int n = of.first; n < of.last; n++)
+        for (int k = 0; k < at.Kp; k += MR) {
+            next.fetch();
+            float* to = S + n * at.Kp * at.panel + k * at.panel;
+            const float *start = from + (to - S), *s = scale + k * scale_stride, *v = values + n * at.panel;
+            if (at.panel == L) tile<MR, 1, SCALED>(to, L, keys + k, 1, at.Kp, v, at.Vp, count, start, s, scale_stride);
+            else tile<MR, 2, SCALED>(to, 2 * L, keys + k, 1, at.Kp, v, at.Vp, count, start, s, scale_stride);
+        }
+}
+
+// The same with two sets of rows, of which the second begins C rows on.
+INLINE void write_two_sets(Ahead& next, const Layout& at, Panels of, float* S, const float* from, const float* scale, int scale_stride,
+                           const float* keys, const float* values, int count, int more) {
+    static const float one[1] = {1.0f};
+    const bool joined = count == C;
+    write_rows(next, at, of, S, from, scale, scale_stride, keys, values, joined ? C + more : count);
+    if (!joined) write_rows(next, at, of, S, S, one, 0, keys + C * at.Kp, values + C * at.Vp, more);
+}
+
+// out (Kp x width) = S values^T, the values transposed: (Vp x width); width is a multiple of C
+SHARED void read_back(Ahead& next, const Layout& at, float* out, const float* S, const float* turned, int width) {
+    for (int k = 0; k < at.Kp; k += MR)
+        for (int c = 0; c < width; c += C == L ? L : 2 * L) {
+            next.fetch();
+            float* to = out + k * width + c;
+            const float *a = S + k * at.panel, *b = turned + c;
+            int64_t next = static_cast<int64_t>(at.Kp) * at.panel;
+            if (C == L) tile<MR, 1, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, nullptr, 0, at.panels, next);
+            else tile<MR, 2, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, nullptr, 0, at.panels, next);
+        }
+}
+
+// S from and to the state of a head, which may have any strides.
+SHARED void load_state(const Layout& at, float* S, const Tensor& t, int64_t b, int64_t h) {
+    std::memset(S, 0, sizeof(float) * at.state());
+    if (!t) return;
+    const float* from = reinterpret_cast<const float*>(t.data) + b * t.batch + h * t.head;
+    for (int v = 0; v < at.V; v++) {
+        float* to = S + static_cast<int64_t>(v / at.panel) * at.Kp * at.panel + v % at.panel;
+        for (int k = 0; k < at.K; k++) to[k * at.panel] = from[v * t.time + k * t.channel];
+    }
+}
+
+SHARED void store_state(const Layout& at, const float* S, const Tensor& t, int64_t b, int64_t h) {
+    if (!t) return;
+    float* to = reinterpret_cast<float*>(t.data) + b * t.batch + h * t.head;
+    for (int v = 0; v < at.V; v++) {
+        const float* from = S + static_cast<int64_t>(v / at.panel) * at.Kp * at.panel + v % at.panel;
+        for (int k = 0; k < at.K; k++) to[v * t.time + k * t.channel] = from[k * at.panel];
+    }
+}
+
+}  // namespace fw

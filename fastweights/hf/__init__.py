@@ -5,6 +5,11 @@
 ``AutoModelForCausalLM.from_pretrained`` finds it.
 """
 
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError("fastweights.hf needs transformers: pip install 'fastweights[hf]'") from error
+
 from .acceleration import Report, accelerate, disable, enable, restore
 from .model import FastWeightCache, FastWeightConfig, FastWeightForCausalLM
 

@@ -69,6 +69,7 @@ def _rows(g):
 TOKEN = {
     "hebb": _plain(lambda W, s: W + _outer(s["v"], s["k"])),
     "hebb_rate": _plain(lambda W, s: W + s["beta"] * _outer(s["v"], s["k"])),
+    "stepped_hebb": _plain(lambda W, s: W * np.exp(s["g"]) + s["dt"] * _outer(s["v"], s["k"])),
     "decayed_hebb": _plain(lambda W, s: W * np.exp(s["g"]) + _outer(s["v"], s["k"])),
     "normalised_hebb": _normalised,
     "exp_gated_hebb": _mlstm,

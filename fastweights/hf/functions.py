@@ -16,16 +16,7 @@ from ..compat.sequences import run
 from ..engine.convolution import Part, short_convolution
 from ..engine.scan import scan
 from ..engine.step import step
-from ..language.decorator import outer, rule
-from ..language.roles import Key, LogDecay, Scalar, Value
 from ..rules.hebb import mlstm as mlstm_rule
-
-
-@rule
-def stepped_hebb(W, k: Key, v: Value, dt: Scalar, g: LogDecay):  # type: ignore[no-untyped-def]
-    """Mamba-2's matrix: dt multiplies what is written."""
-    return W * g.exp() + outer(dt * v, k)
-
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -105,7 +96,7 @@ def ssd(
         reset = torch.zeros_like(seq_idx, dtype=torch.bool)
         reset[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     state = None if initial_states is None else initial_states.float()
-    y, W = scan(stepped_hebb, state=state, reset=reset, q=query, k=key, v=x, dt=dt, g=dt * A.float())
+    y, W = scan(R.stepped_hebb, state=state, reset=reset, q=query, k=key, v=x, dt=dt, g=dt * A.float())
     if D is not None:
         y = y + D.float()[:, None] * x
     return (y, W) if return_final_states else y
@@ -126,7 +117,7 @@ def ssd_step(
 ) -> Tensor:  # fmt: skip
     step_size = _dt(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus, (-float("inf"), float("inf")))
     x = hidden_states.float()
-    y, _ = step(stepped_hebb, state, out=state, q=C.float(), k=B.float(), v=x, dt=step_size, g=step_size * A[:, 0, 0].float())
+    y, _ = step(R.stepped_hebb, state, out=state, q=C.float(), k=B.float(), v=x, dt=step_size, g=step_size * A[:, 0, 0].float())
     if D is not None:
         y = y + D.float() * x
     if z is not None:

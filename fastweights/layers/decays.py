@@ -101,5 +101,32 @@ class LowerBoundedDecay(nn.Module):
         return self.decay(x).clamp(min=1e-6).log()
 
 
+class StepSize(nn.Module):
+    """dt = softplus(w x + dt_bias), a number a head. Source: Gu and Dao 2023; Dao and Gu 2024 (Mamba-2)."""
+
+    def __init__(self, d_model: int, heads: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(d_model, heads, bias=False)
+        step = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = _single(self.project(x))
+        return F.softplus(z + self.dt_bias.to(z.dtype))
+
+
+class SteppedDecay(nn.Module):
+    """g = -exp(A_log) dt for the step size of the same layer, whose parameters belong to that."""
+
+    def __init__(self, step: StepSize) -> None:
+        super().__init__()
+        self.of = (step,)
+        self.A_log = nn.Parameter(torch.empty_like(step.dt_bias).uniform_(1, 16).log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        dt = self.of[0](x)
+        return -self.A_log.to(dt.dtype).exp() * dt
+
+
 def _single(z: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))

@@ -31,7 +31,9 @@ class FastWeightLayer(nn.Module):
         rule: any rule; the programmer is built from its signature (see ``Programmer``).
         d_model: size of x.
         heads, d_key, d_value: heads, and the sizes of a head; by default d_model is shared out among the heads.
-        output_norm, output_gate: RMS norm of each head's read-out, and a gate on it: ``gate`` is swish or sigmoid.
+        output_norm, output_gate: RMS norm of each head's read-out (of all heads together: ``"all"``), and a gate on it:
+            ``gate`` is swish or sigmoid, ``gate_first`` before the norm.
+        skip: what is read gets a share of the value itself, a number a head (as in Mamba-2).
         rotary: keys and queries turn with their position (as in RetNet), which is then a part of the state.
         programmer: a module of your own in the place of the default one: ``signals, conv = programmer(x, conv)``.
         options: passed to ``Programmer``: ``key_heads, conv, feature_map, norm, decay, negative_eigenvalues, custom``.
@@ -51,9 +53,11 @@ class FastWeightLayer(nn.Module):
         heads: int = 4,
         d_key: int | None = None,
         d_value: int | None = None,
-        output_norm: bool = True,
+        output_norm: bool | str = True,
         output_gate: bool = True,
         gate: str = "swish",
+        gate_first: bool = False,
+        skip: bool = False,
         rotary: bool = False,
         form: str = "auto",
         programmer: nn.Module | None = None,
@@ -76,7 +80,9 @@ class FastWeightLayer(nn.Module):
             raise SignalError(f"{', '.join(options)} are options of the default programmer, and another programmer was given")
         self.programmer = programmer
         self.d_feature = getattr(programmer, "d_feature", self.d_key)  # of W
-        self.norm = nn.RMSNorm(self.d_value, eps=1e-5) if output_norm else None
+        self.gate_first, self.over_all = gate_first, output_norm == "all"
+        self.norm = nn.RMSNorm(heads * self.d_value if self.over_all else self.d_value, eps=1e-5) if output_norm else None
+        self.skip = nn.Parameter(torch.ones(heads)) if skip else None
         self.gate = nn.Linear(d_model, heads * self.d_value, bias=False) if output_gate else None
         self.out = nn.Linear(heads * self.d_value, d_model, bias=False)
         if rotary and (self.d_feature % 2 or not {"q", "k"} <= rule.signals.keys()):
@@ -101,12 +107,17 @@ class FastWeightLayer(nn.Module):
         new = dict(zip(self.rule.states, after if isinstance(after, tuple) else (after,), strict=True)) | turned
         if conv is not None:
             new["conv"] = conv
+        if self.skip is not None:
+            y = y + self.skip.to(y.dtype).unsqueeze(-1) * signals["v"]
+        return self.out(self._finish(x, y.flatten(2).to(x.dtype))), new
+
+    def _finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """The norm and the gate, (B, T, heads d_value)."""
+        gate = None if self.gate is None else _GATES[self.gate_kind](self.gate(x))
+        y = y * gate if gate is not None and self.gate_first else y
         if self.norm is not None:
-            y = self.norm(y)
-        y = y.flatten(2).to(x.dtype)
-        if self.gate is not None:
-            y = y * _GATES[self.gate_kind](self.gate(x))
-        return self.out(y), new
+            y = self.norm(y if self.over_all else y.unflatten(-1, (self.heads, -1))).reshape(y.shape)
+        return y * gate if gate is not None and not self.gate_first else y
 
     def _empty(self, x: Tensor, signals: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         dtype = torch.float64 if any(s.dtype == torch.float64 for s in signals.values()) else torch.float32

@@ -37,16 +37,17 @@ class ShortConvolution(nn.Module):
     (torch.Size([1, 5, 3]), torch.Size([1, 1, 3]))
     """
 
-    def __init__(self, channels: int, width: int = 4) -> None:
+    def __init__(self, channels: int, width: int = 4, bias: bool = False) -> None:
         super().__init__()
         self.width = width
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-1, 1) / math.sqrt(width))
 
     def forward(self, x: Tensor, state: Tensor | None, parts: tuple[Part, ...] = (), reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept = self.width - 1
         state = x.new_zeros(x.shape[0], kept, x.shape[2]) if state is None else state.to(x.dtype)
         if reset is None or not bool(reset.any()):
-            y = short_convolution(x, self.weight[:, 0], state, parts)
+            y = short_convolution(x, self.weight[:, 0], state, parts, self.bias)
             return y, torch.cat([state, x[:, -kept:]], 1)[:, -kept:].contiguous()
         rows = [self._documents(x[b : b + 1], state[b : b + 1], parts, reset[b]) for b in range(x.shape[0])]
         return torch.cat([y for y, _ in rows]), torch.cat([after for _, after in rows])
@@ -87,6 +88,7 @@ class Programmer(nn.Module):
         d_value: int,
         key_heads: int | None = None,
         conv: int = 4,
+        conv_bias: bool = False,
         feature_map: str = "silu",
         values: str = "silu",
         norm: str = "l2",
@@ -118,7 +120,7 @@ class Programmer(nn.Module):
         self.sizes = {n: math.prod(self._axes(n)) for n in (*self.convolved, *self.direct)}
         self.project = nn.Linear(d_model, sum(self.sizes.values()), bias=False)
         channels = sum(self.sizes[n] for n in self.convolved)
-        self.conv = ShortConvolution(channels, conv) if conv > 1 and channels else None
+        self.conv = ShortConvolution(channels, conv, conv_bias) if conv > 1 and channels else None
         self.parts = {n: self._part(n) for n in self.convolved}
         self.decays = nn.ModuleDict(
             {n: SoftplusDecay(heads, self._shape(s)[-1] if self._shape(s) else None) for n, s in self.direct.items() if s.role.log_decay}

@@ -70,6 +70,14 @@ PRESETS: dict[str, Preset] = {
         "decayed_hebb", "Qin et al. 2024; MiniMax 2025", {**_PLAIN, "feature_map": "silu", "values": "silu", "gate": "sigmoid"},
         {"g": lambda p, _: decays.lightning(p.heads)},
     ),
+    "mamba2": Preset(
+        "stepped_hebb", "Dao and Gu 2024, ICML",
+        {
+            "conv": 4, "conv_bias": True, "feature_map": "silu", "norm": "none", "key_heads": 1, "output_norm": "all",
+            "gate_first": True, "skip": True,
+        },
+        {"dt": lambda p, _: decays.StepSize(p.d_model, p.heads), "g": lambda _, made: decays.SteppedDecay(made["dt"])},
+    ),
     "gla": Preset(
         "decayed_hebb", "Yang et al. 2024, ICML", _PLAIN, {"g": lambda p, _: decays.LowRankDecay(p.d_model, p.heads, p.d_key)}
     ),

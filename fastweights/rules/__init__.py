@@ -8,11 +8,11 @@ import difflib
 from ..language.errors import RuleError
 from ..language.rule import Rule
 from .delta import comba, delta, erase, erase_write, gated_delta, generalised_delta, implicit_delta, preconditioned_delta, td
-from .hebb import bonus_hebb, decay, decayed_hebb, exp_gated_hebb, hebb, hebb_rate, normalised_hebb, write
+from .hebb import bonus_hebb, decay, decayed_hebb, exp_gated_hebb, hebb, hebb_rate, normalised_hebb, stepped_hebb, write
 from .oja import gated_oja, oja
 
 CATALOGUE: tuple[Rule, ...] = (
-    hebb, hebb_rate, decayed_hebb, normalised_hebb, exp_gated_hebb, bonus_hebb,
+    hebb, hebb_rate, decayed_hebb, stepped_hebb, normalised_hebb, exp_gated_hebb, bonus_hebb,
     delta, gated_delta, implicit_delta, erase_write, comba, generalised_delta, preconditioned_delta, td,
     oja, gated_oja,
     decay, erase, write,
@@ -21,7 +21,7 @@ CATALOGUE: tuple[Rule, ...] = (
 __all__ = [
     "CATALOGUE", "bonus_hebb", "comba", "decay", "decayed_hebb", "delta", "erase", "erase_write", "exp_gated_hebb",
     "gated_delta", "gated_oja", "generalised_delta", "get", "hebb", "hebb_rate", "implicit_delta", "normalised_hebb",
-    "oja", "preconditioned_delta", "td", "write",
+    "oja", "preconditioned_delta", "stepped_hebb", "td", "write",
 ]  # fmt: skip
 
 

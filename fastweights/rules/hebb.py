@@ -59,6 +59,19 @@ def normalised_hebb(W, z: KeyState, q: PositiveQuery, k: PositiveKey, v: Value):
     return W, z, W @ q / (z @ q)
 
 
+@rule(
+    objective=Objective(
+        "-dt v^T W k + 1/2 sum_j (1 - a_j) |W_:j|^2",
+        lambda W, k, v, dt, g: -dt * (v @ (W @ k)) + 0.5 * ((1 - g.exp()) * W**2).sum(),
+        rate=1.0,
+    ),
+    cite="Dao and Gu 2024, ICML (Mamba-2, SSD)",
+)
+def stepped_hebb(W, k: Key, v: Value, dt: Scalar, g: LogDecay):
+    """Mamba-2: a step size dt multiplies what is written, and sets the decay, g = -exp(A) dt."""
+    return W * g.exp() + outer(dt * v, k)
+
+
 @functools.lru_cache(maxsize=8)
 def mlstm(eps: float = 0.0) -> Rule:
     """``exp_gated_hebb`` with a small number added to what it divides by, as published models have it."""

@@ -143,3 +143,33 @@ def test_packed_documents_do_not_see_each_other(name):
     half, state = model(ids[:, :9], None, reset[:, :9])
     rest, _ = model(ids[:, 9:], state, reset[:, 9:])
     assert torch.allclose(torch.cat([half, rest], 1), packed, rtol=1e-9, atol=1e-11)
+
+
+def test_mamba2_is_the_layer_of_transformers():
+    """The same weights give the same numbers as Mamba2Mixer."""
+    transformers = pytest.importorskip("transformers")
+    mixer = pytest.importorskip("transformers.models.mamba2.modeling_mamba2").Mamba2Mixer
+    transformers.logging.set_verbosity_error()
+    config = transformers.Mamba2Config(hidden_size=24, num_heads=4, head_dim=12, state_size=6, n_groups=1, expand=2, chunk_size=8)
+    torch.manual_seed(0)
+    theirs, mine = mixer(config, 0).double(), layer_of("mamba2", 24, heads=4, d_key=6, d_value=12).double()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    z, x, B, C, dt = theirs.in_proj.weight.split([48, 48, 6, 6, 4])
+    own = dict(zip(mine.programmer.convolved, mine.programmer.parts.values(), strict=True))
+    named = {"v": x, "k": B, "q": C}
+    rows = {"v": slice(0, 48), "k": slice(48, 54), "q": slice(54, 60)}
+    order = torch.cat([torch.arange(60)[rows[n]] for n in own])
+    with torch.no_grad():
+        mine.programmer.project.weight.copy_(torch.cat([named[n] for n in own]))
+        mine.programmer.conv.weight.copy_(theirs.conv1d.weight[order])
+        mine.programmer.conv.bias.copy_(theirs.conv1d.bias[order])
+        mine.programmer.custom["dt"].project.weight.copy_(dt)
+        mine.programmer.custom["dt"].dt_bias.copy_(theirs.dt_bias)
+        mine.programmer.custom["g"].A_log.copy_(theirs.A_log)
+        mine.skip.copy_(theirs.D)
+        mine.norm.weight.copy_(theirs.norm.weight)
+        mine.gate.weight.copy_(z)
+        mine.out.weight.copy_(theirs.out_proj.weight)
+    found, expected = mine(X)[0], theirs(X)
+    assert (found - expected).norm() < 1e-5 * expected.norm()  # they compute in float32

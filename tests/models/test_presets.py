@@ -173,3 +173,66 @@ def test_mamba2_is_the_layer_of_transformers():
         mine.out.weight.copy_(theirs.out_proj.weight)
     found, expected = mine(X)[0], theirs(X)
     assert (found - expected).norm() < 1e-5 * expected.norm()  # they compute in float32
+
+
+def test_gated_deltanet_is_the_layer_of_transformers():
+    """The same weights give the same numbers as Qwen3.5's layer, which divides q by the root of its size: so does eps, squared, here."""
+    transformers = pytest.importorskip("transformers")
+    qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    transformers.logging.set_verbosity_error()
+    config = transformers.Qwen3_5TextConfig(
+        hidden_size=24, num_hidden_layers=1, layer_types=["linear_attention"], linear_key_head_dim=6, linear_value_head_dim=10,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_conv_kernel_dim=4, hidden_act="silu", rms_norm_eps=1e-6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = qwen.Qwen3_5GatedDeltaNet(config, 0).double()
+    mine = fw.FastWeightLayer(fw.rules.gated_delta, 24, heads=4, key_heads=2, d_key=6, d_value=10).double()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    q, k, v = theirs.in_proj_qkv.weight.split([12, 12, 40])
+    parts = {"q": q, "k": k, "v": v, "beta": theirs.in_proj_b.weight, "g": theirs.in_proj_a.weight}
+    rows = {"q": slice(0, 12), "k": slice(12, 24), "v": slice(24, 64)}
+    programmer = mine.programmer
+    with torch.no_grad():
+        programmer.project.weight.copy_(torch.cat([parts[n] for n in (*programmer.convolved, *programmer.direct)]))
+        programmer.conv.weight.copy_(torch.cat([theirs.conv1d.weight[rows[n]] for n in programmer.convolved]))
+        programmer.decays["g"].A_log.copy_(theirs.A_log)
+        programmer.decays["g"].dt_bias.copy_(theirs.dt_bias)
+        mine.norm.weight.copy_(theirs.norm.weight)
+        mine.gate.weight.copy_(theirs.in_proj_z.weight)
+        mine.out.weight.copy_(theirs.out_proj.weight)
+    mine.norm.eps = 1e-6 * 6
+    found, expected = mine(X)[0], theirs(X)
+    assert (found - expected).norm() < 1e-5 * expected.norm()  # they compute in float32
+
+
+def test_kda_is_the_layer_of_transformers():
+    """The same for Kimi-Linear's layer, whose projections of decay and gate are of a low rank."""
+    transformers = pytest.importorskip("transformers")
+    kimi = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+    transformers.logging.set_verbosity_error()
+    config = transformers.KimiLinearConfig(
+        hidden_size=24, num_hidden_layers=1, layer_types=["linear_attention"], linear_num_heads=3, linear_head_dim=8, num_experts=1,
+        rms_norm_eps=1e-6, pad_token_id=0, vocab_size=9, num_attention_heads=3, num_key_value_heads=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = kimi.KimiLinearDeltaAttention(config, 0).double()
+    mine = layer_of("kda", 24, heads=3).double()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    gate = theirs.forget_gate
+    parts = {"q": theirs.q_proj.weight, "k": theirs.k_proj.weight, "v": theirs.v_proj.weight}
+    parts |= {"beta": theirs.b_proj.weight, "g": gate.f_b_proj.weight @ gate.f_a_proj.weight}
+    rows = {"q": slice(0, 24), "k": slice(24, 48), "v": slice(48, 72)}
+    programmer = mine.programmer
+    with torch.no_grad():
+        programmer.project.weight.copy_(torch.cat([parts[n] for n in (*programmer.convolved, *programmer.direct)]))
+        programmer.conv.weight.copy_(torch.cat([theirs.conv1d.weight[rows[n]] for n in programmer.convolved]))
+        programmer.decays["g"].A_log.copy_(gate.A_log.flatten())
+        programmer.decays["g"].dt_bias.copy_(gate.dt_bias.view(3, 8))
+        mine.norm.weight.copy_(theirs.o_norm.weight)
+        mine.gate.weight.copy_(theirs.g_b_proj.weight @ theirs.g_a_proj.weight)
+        mine.out.weight.copy_(theirs.o_proj.weight)
+    mine.norm.eps = theirs.o_norm.variance_epsilon * 8
+    found, expected = mine(X)[0], theirs(X)
+    assert (found - expected).norm() < 1e-5 * expected.norm()

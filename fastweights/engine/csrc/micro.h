@@ -133,6 +133,13 @@ template <int... I>
 INLINE vec interleave_high(vec a, vec b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, ((I % 2) * L + L / 2 + I / 2)...);
 }
+template <int... I>
+INLINE vec halves(vec a, vec b, int from, std::integer_sequence<int, I...>) {
+    return from ? __builtin_shufflevector(a, b, (I < L / 2 ? I + L / 2 : I + L)...) : __builtin_shufflevector(a, b, (I < L / 2 ? I : I + L / 2)...);
+}
+// the first half of a and that of b, or the second ones
+INLINE vec first_halves(vec a, vec b) { return halves(a, b, 0, std::make_integer_sequence<int, L>{}); }
+INLINE vec second_halves(vec a, vec b) { return halves(a, b, 1, std::make_integer_sequence<int, L>{}); }
 INLINE vec low(vec a, vec b) { return interleave_low(a, b, std::make_integer_sequence<int, L>{}); }
 INLINE vec high(vec a, vec b) { return interleave_high(a, b, std::make_integer_sequence<int, L>{}); }
 
@@ -248,8 +255,8 @@ SHARED void row_products(float* out, const float* a, const float* b, int stride,
     }
 }
 
-// The inner products of two rows with L / 2 others: first[j], second[j] = row . others[j].
-INLINE void inner_products(float* first, float* second, const float* row0, const float* row1, const float* others, int stride, int width) {
+// The inner products of two rows with L / 2 others: lane j is row0 . others[j], lane L / 2 + j row1 . others[j].
+INLINE vec products_with(const float* row0, const float* row1, const float* others, int64_t stride, int width) {
     vec acc[L] = {};
     for (int at = 0; at < width; at += L) {
         vec r0 = load(row0 + at), r1 = load(row1 + at);
@@ -260,8 +267,12 @@ INLINE void inner_products(float* first, float* second, const float* row0, const
             acc[j + L / 2] += r1 * other;
         }
     }
+    return sums(acc);
+}
+
+INLINE void inner_products(float* first, float* second, const float* row0, const float* row1, const float* others, int stride, int width) {
     float out[L];
-    store(out, sums(acc));
+    store(out, products_with(row0, row1, others, stride, width));
     std::memcpy(first, out, sizeof(float) * L / 2);
     std::memcpy(second, out + L / 2, sizeof(float) * L / 2);
 }

@@ -154,14 +154,14 @@ struct Step {
     // Where the one query reads after the one micro-step, a second look at the rows is spared:
     //   w_after . q = w . (a q) + (u + w . x) (y . q)
     INLINE void usual_rows(float* to, int64_t to_stride, const float* from, int64_t stride, int v, int count) const {
-        float seen[ROWS], out[ROWS];
+        float out[ROWS];
         const float* x = micro[0].x ? micro[0].x : decayed_q;
-        for (int i = 0; i < ROWS; i += L / 2)
-            inner_products(seen + i, out + i, x, decayed_q, from + i * stride, static_cast<int>(stride), Kp);
+        const vec above = products_with(x, decayed_q, from, stride, Kp);
+        const vec below = products_with(x, decayed_q, from + L / 2 * stride, stride, Kp);
         vec u = values(p.micro[0].u, v, count, micro[0].cu), val = {};
-        if (p.erase != NO_ERASE && micro[0].x) val = load(seen) * micro[0].cx;
+        if (p.erase != NO_ERASE && micro[0].x) val = first_halves(above, below) * micro[0].cx;
         if (p.erase == TIED) val += u;
-        store(out, load(out) + val * y_of_q + u * w_of_q);
+        store(out, second_halves(above, below) + val * y_of_q + u * w_of_q);
         const Tensor& t = p.read[0].out;
         store_row(t, t.offset(b, 0, h, p.H) + v * t.channel, out, count, 1, false);
         advance(to, to_stride, from, stride, 0, val, u);

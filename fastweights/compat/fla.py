@@ -15,73 +15,17 @@ kernels are taken and have no effect; what would change the result and is not th
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import rules as R
 from ..language.errors import SignalError
+from .arguments import log_decay, rate, steering, variant
 from .sequences import run
 
 Result = tuple[Tensor, "Tensor | None"]
-_WITHOUT_EFFECT = {
-    "cu_seqlens_cpu", "chunk_indices", "chunk_size", "safe_gate", "disable_recompute", "lower_bound", "use_graph", "max_num_seqs",
-    "head_first", "use_cache", "training",
-}  # fmt: skip
-
-
-def _steering(name: str, more: dict[str, Any]) -> None:
-    """Arguments beyond those that are served: harmless, not given, or an error."""
-    for word, value in more.items():
-        if word == "head_first" and value is True:
-            raise SignalError(f"{name}: head_first is gone; pass (B, T, H, ...)")
-        if word not in _WITHOUT_EFFECT and value is not None and value is not False:
-            raise SignalError(f"{name}: {word} = {value!r} is not served here; leave it out")
-
-
-def _lower(name: str, g: Tensor, more: dict[str, Any]) -> Tensor:
-    """The log decay that ``use_gate_in_kernel`` makes of what a projection gave."""
-    A_log, dt_bias, bound = more.pop("A_log", None), more.pop("dt_bias", None), more.get("lower_bound")
-    if not more.pop("use_gate_in_kernel", False):
-        return g
-    if A_log is None and bound is None:
-        raise SignalError(f"{name}: use_gate_in_kernel needs A_log, or lower_bound")
-    g = g.float()
-    rate = torch.ones(1) if A_log is None else A_log.float().exp().reshape(-1, *(1,) * (g.ndim - 3))
-    if dt_bias is not None:
-        g = g + dt_bias.float().reshape(g.shape[2:])
-    return -rate * F.softplus(g) if bound is None else bound * torch.sigmoid(rate * g)
-
-
-def _rate(name: str, beta: Tensor, more: dict[str, Any]) -> Tensor:
-    inside, twice = more.pop("use_beta_sigmoid_in_kernel", False), more.pop("allow_neg_eigval", False)
-    if twice and not inside:
-        raise SignalError(f"{name}: allow_neg_eigval doubles what use_beta_sigmoid_in_kernel makes; set both, or double beta yourself")
-    return beta.float().sigmoid() * (2 if twice else 1) if inside else beta
-
-
-def _variant(name: str, function: Callable[..., Any], order: str) -> Any:
-    """A function under another name, or with its arguments in fla's order: the engine chooses the form."""
-    names, known = order.split(), inspect.signature(function).parameters
-
-    @functools.wraps(function)
-    def variant(*args: Any, **kwargs: Any) -> Any:
-        if len(args) > len(names) or any(n in kwargs for n in names[: len(args)]):
-            raise TypeError(f"{name}{signature}: got {len(args)} positional arguments and {', '.join(kwargs) or 'no others'}")
-        return function(**dict(zip(names, args, strict=False)), **kwargs)
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(n, kind, default=known[n].default if n in known else None) for n in names]
-    signature = inspect.Signature([*parameters, inspect.Parameter("more", inspect.Parameter.VAR_KEYWORD)])
-    variant.__name__ = variant.__qualname__ = name
-    variant.__signature__ = signature  # type: ignore[attr-defined]
-    return variant
-
 
 # ---- rules that erase ------------------------------------------------------------------------------------------------
 
@@ -91,7 +35,7 @@ def chunk_delta_rule(
     output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None, **more: Any,
 ) -> Result:  # fmt: skip
     """DeltaNet: W <- W + beta (v - W k) k^T; beta (B, T, H), 1 if it is None."""
-    _steering("chunk_delta_rule", more)
+    steering("chunk_delta_rule", more)
     beta = torch.ones_like(v[..., 0]) if beta is None else beta
     given = {"q": q, "k": k, "v": v, "beta": beta}
     return run(
@@ -107,8 +51,8 @@ def chunk_gated_delta_rule(
 ) -> Result:  # fmt: skip
     """Gated DeltaNet: W <- exp(g) W, then the delta rule; g, beta (B, T, H), with fewer heads of q and k if their number divides H."""
     more |= {"use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel, "allow_neg_eigval": allow_neg_eigval}
-    g, beta = _lower("chunk_gated_delta_rule", g, more), _rate("chunk_gated_delta_rule", beta, more)
-    _steering("chunk_gated_delta_rule", more)
+    g, beta = log_decay("chunk_gated_delta_rule", g, more), rate("chunk_gated_delta_rule", beta, more)
+    steering("chunk_gated_delta_rule", more)
     return run(
         R.gated_delta, {"q": q, "k": k, "v": v, "beta": beta, "g": g}, scale=scale, state=initial_state, keep_state=output_final_state,
         value_first=state_v_first, cu_seqlens=cu_seqlens, l2norm=use_qk_l2norm_in_kernel,
@@ -152,7 +96,7 @@ def chunk_gated_delta_product(
     cu_seqlens: Tensor | None = None, **more: Any,
 ) -> Result:  # fmt: skip
     """DeltaProduct: n = num_householder delta steps a token; k, v, beta have n T rows, and the decay acts once, first."""
-    _steering("chunk_gated_delta_product", more)
+    steering("chunk_gated_delta_product", more)
     n = num_householder
     if k.shape[1] != n * q.shape[1]:
         raise SignalError(f"chunk_gated_delta_product: k has {k.shape[1]} rows, expected num_householder * T = {n * q.shape[1]}")
@@ -172,8 +116,8 @@ def chunk_gdn2(
     cu_seqlens: Tensor | None = None, **more: Any,
 ) -> Result:  # fmt: skip
     """Gated DeltaNet-2: an erase gate a key, b (B, T, H, K), and a write gate a value, w (B, T, H, V)."""
-    g = _lower("chunk_gdn2", g, more)
-    _steering("chunk_gdn2", more)
+    g = log_decay("chunk_gdn2", g, more)
+    steering("chunk_gdn2", more)
     return run(
         R.erase_write, {"q": q, "k": k, "v": v, "b": b, "w": w, "g": g}, scale=scale, state=initial_state, keep_state=output_final_state,
         value_first=state_v_first, cu_seqlens=cu_seqlens, l2norm=use_qk_l2norm_in_kernel,
@@ -186,7 +130,7 @@ def chunk_comba(
     cu_seqlens: Tensor | None = None, **more: Any,
 ) -> Result:  # fmt: skip
     """Comba: W <- exp(g) W - beta (W p) k^T + beta v k^T, where p reads the undecayed W, as its kernels do."""
-    _steering("chunk_comba", more)
+    steering("chunk_comba", more)
     beta = torch.ones_like(v[..., 0]) if beta is None else beta
     if use_qk_l2norm_in_kernel:
         p = p * torch.rsqrt(p.float().square().sum(-1, keepdim=True) + 1e-6)
@@ -210,7 +154,7 @@ def chunk_dplr_delta_rule(
 ) -> Result:  # fmt: skip
     """A diagonal and a rank-one part: W <- W diag(exp(gk)) + (W a) b^T + v k^T."""
     reverse = more.pop("reverse", False)
-    _steering("chunk_dplr_delta_rule", more)
+    steering("chunk_dplr_delta_rule", more)
     return run(
         R.generalised_delta, {"q": q, "k": k, "v": v, "x": a, "y": b, "g": gk}, scale=scale, state=initial_state,
         keep_state=output_final_state, cu_seqlens=cu_seqlens, reverse=reverse,
@@ -241,7 +185,7 @@ def chunk_gla(
 ) -> Result:  # fmt: skip
     """Gated linear attention: W <- W diag(exp(g)) + v k^T, g (B, T, H, K)."""
     reverse = more.pop("reverse", False)
-    _steering("chunk_gla", more)
+    steering("chunk_gla", more)
     return run(
         R.decayed_hebb, {"q": q, "k": k, "v": v, "g": g}, scale=scale, state=initial_state, keep_state=output_final_state,
         value_first=state_v_first, cu_seqlens=cu_seqlens, reverse=reverse,
@@ -303,7 +247,7 @@ def chunk_rwkv6(
 ) -> Result:  # fmt: skip
     """RWKV-6: read first, with a bonus u (H, K) for the new token, then decay by exp(w) and write."""
     reverse = more.pop("reverse", False)
-    _steering("chunk_rwkv6", more)
+    steering("chunk_rwkv6", more)
     given = {"q": r, "k": k, "v": v, "u": u.expand(*k.shape), "g": w}
     return run(R.bonus_hebb, given, scale=scale, state=initial_state, keep_state=output_final_state, cu_seqlens=cu_seqlens, reverse=reverse)
 
@@ -314,7 +258,7 @@ def chunk_linear_attn(
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """Linear attention, y = W q, divided by (sum of keys) . q if normalised; the state is then (W, sum of keys (N, 1, H, K))."""
     reverse = more.pop("reverse", False)
-    _steering("chunk_linear_attn", more)
+    steering("chunk_linear_attn", more)
     W, z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
     how = {"scale": scale, "keep_state": output_final_state, "cu_seqlens": cu_seqlens, "reverse": reverse}
     o, W = run(R.hebb, {"q": q, "k": k, "v": v}, state=W, **how)
@@ -338,44 +282,44 @@ _COMMON = "scale initial_state output_final_state"
 _GATE = "use_qk_l2norm_in_kernel use_gate_in_kernel"
 _BETA = "use_beta_sigmoid_in_kernel allow_neg_eigval"
 _KDA_END = "safe_gate lower_bound disable_recompute return_intermediate_states state_v_first cu_seqlens cu_seqlens_cpu cp_context"
-chunk_kda = _variant("chunk_kda", chunk_kda, f"q k v g beta {_COMMON} {_GATE} {_BETA} {_KDA_END}")
-fused_recurrent_kda = _variant(
+chunk_kda = variant("chunk_kda", chunk_kda, f"q k v g beta {_COMMON} {_GATE} {_BETA} {_KDA_END}")
+fused_recurrent_kda = variant(
     "fused_recurrent_kda", fused_recurrent_kda, f"q k v g beta A_log dt_bias {_COMMON} {_GATE} {_BETA} lower_bound state_v_first cu_seqlens"
 )
-fused_recurrent_gated_delta_rule = _variant(
+fused_recurrent_gated_delta_rule = variant(
     "fused_recurrent_gated_delta_rule", fused_recurrent_gated_delta_rule,
     f"q k v g gk gv beta {_COMMON} {_GATE} A_log dt_bias {_BETA} state_v_first cu_seqlens",
 )  # fmt: skip
-chunk_gdn2 = _variant(
+chunk_gdn2 = variant(
     "chunk_gdn2", chunk_gdn2,
     f"q k v g b w {_COMMON} {_GATE} cu_seqlens cu_seqlens_cpu safe_gate lower_bound disable_recompute return_intermediate_states"
     " state_v_first",
 )  # fmt: skip
-fused_recurrent_gdn2 = _variant(
+fused_recurrent_gdn2 = variant(
     "fused_recurrent_gdn2", chunk_gdn2, f"q k v g b w A_log dt_bias {_COMMON} {_GATE} lower_bound state_v_first cu_seqlens"
 )
-fused_recurrent_gla = _variant("fused_recurrent_gla", fused_recurrent_gla, f"q k v gk gv {_COMMON} reverse state_v_first cu_seqlens")
-fused_recurrent_retention = _variant(
+fused_recurrent_gla = variant("fused_recurrent_gla", fused_recurrent_gla, f"q k v gk gv {_COMMON} reverse state_v_first cu_seqlens")
+fused_recurrent_retention = variant(
     "fused_recurrent_retention", fused_recurrent_retention, f"q k v {_COMMON} reverse state_v_first cu_seqlens"
 )
-fused_recurrent_linear_attn = _variant(
+fused_recurrent_linear_attn = variant(
     "fused_recurrent_linear_attn", fused_recurrent_linear_attn, f"q k v {_COMMON} reverse normalize cu_seqlens"
 )
-fused_recurrent_simple_gla = _variant(
+fused_recurrent_simple_gla = variant(
     "fused_recurrent_simple_gla", chunk_simple_gla, f"q k v g g_gamma {_COMMON} reverse state_v_first cu_seqlens"
 )
-fused_recurrent_lightning_attn = _variant(
+fused_recurrent_lightning_attn = variant(
     "fused_recurrent_lightning_attn", chunk_lightning_attn, f"q k v layer_idx num_layers {_COMMON} reverse cu_seqlens"
 )
-fused_recurrent_rwkv6 = _variant("fused_recurrent_rwkv6", chunk_rwkv6, f"r k v w u {_COMMON} reverse cu_seqlens")
-fused_recurrent_dplr_delta_rule = _variant(
+fused_recurrent_rwkv6 = variant("fused_recurrent_rwkv6", chunk_rwkv6, f"r k v w u {_COMMON} reverse cu_seqlens")
+fused_recurrent_dplr_delta_rule = variant(
     "fused_recurrent_dplr_delta_rule", chunk_dplr_delta_rule, f"q k v a b gk {_COMMON} reverse cu_seqlens"
 )
-fused_recurrent_delta_rule = _variant(
+fused_recurrent_delta_rule = variant(
     "fused_recurrent_delta_rule", chunk_delta_rule, f"q k v beta {_COMMON} use_qk_l2norm_in_kernel cu_seqlens"
 )
-fused_chunk_delta_rule = _variant("fused_chunk_delta_rule", chunk_delta_rule, f"q k v beta {_COMMON} use_qk_l2norm_in_kernel cu_seqlens")
-fused_chunk_gla = _variant("fused_chunk_gla", chunk_gla, f"q k v g {_COMMON} state_v_first cu_seqlens")
-fused_chunk_simple_gla = _variant("fused_chunk_simple_gla", chunk_simple_gla, f"q k v g g_gamma {_COMMON} cu_seqlens")
-fused_chunk_retention = _variant("fused_chunk_retention", chunk_retention, f"q k v {_COMMON} cu_seqlens")
-fused_chunk_linear_attn = _variant("fused_chunk_linear_attn", chunk_linear_attn, f"q k v {_COMMON} normalize cu_seqlens")
+fused_chunk_delta_rule = variant("fused_chunk_delta_rule", chunk_delta_rule, f"q k v beta {_COMMON} use_qk_l2norm_in_kernel cu_seqlens")
+fused_chunk_gla = variant("fused_chunk_gla", chunk_gla, f"q k v g {_COMMON} state_v_first cu_seqlens")
+fused_chunk_simple_gla = variant("fused_chunk_simple_gla", chunk_simple_gla, f"q k v g g_gamma {_COMMON} cu_seqlens")
+fused_chunk_retention = variant("fused_chunk_retention", chunk_retention, f"q k v {_COMMON} cu_seqlens")
+fused_chunk_linear_attn = variant("fused_chunk_linear_attn", chunk_linear_attn, f"q k v {_COMMON} normalize cu_seqlens")

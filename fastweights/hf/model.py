@@ -19,6 +19,7 @@ from ..models.language_model import Memory, attention_window
 
 # what a model hands on from token to token has had two names
 _CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+_DEFAULT = ModelConfig()
 _OWN = ("layers", "heads", "d_key", "d_value", "d_hidden", "conv", "decay", "feature_map", "negative_eigenvalues", "fingerprints")
 
 
@@ -27,17 +28,17 @@ class FastWeightConfig(PreTrainedConfig):
 
     model_type = "fastweights"
 
-    layers: tuple[str, ...] | list[str] = ("gated_delta", "gated_delta")
-    vocab_size: int = 256
-    hidden_size: int = 128
-    heads: int = 4
-    d_key: int | None = None
-    d_value: int | None = None
-    d_hidden: int | None = None
-    conv: int = 4
-    decay: str = "head"
-    feature_map: str = "silu"
-    negative_eigenvalues: bool = False
+    layers: tuple[str, ...] | list[str] = _DEFAULT.layers
+    vocab_size: int = _DEFAULT.vocabulary
+    hidden_size: int = _DEFAULT.d_model
+    heads: int = _DEFAULT.heads
+    d_key: int | None = _DEFAULT.d_key
+    d_value: int | None = _DEFAULT.d_value
+    d_hidden: int | None = _DEFAULT.d_hidden
+    conv: int = _DEFAULT.conv
+    decay: str = _DEFAULT.decay
+    feature_map: str = _DEFAULT.feature_map
+    negative_eigenvalues: bool = _DEFAULT.negative_eigenvalues
     fingerprints: dict[str, Any] | None = None
     use_cache: bool = True
     pad_token_id: int | None = None

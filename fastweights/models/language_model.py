@@ -103,7 +103,7 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
         if window is not None:
             self.layer: nn.Module = SoftmaxAttention(config.d_model, heads=config.heads, window=window or None)
-        elif name in PRESETS:
+        elif name in PRESETS and rules[name] == rule_of(name):  # a rule of one's own may have a preset's name
             self.layer = layer_of(
                 name, config.d_model, heads=config.heads, d_key=config.d_key, d_value=config.d_value, index=index, depth=len(config.layers)
             )

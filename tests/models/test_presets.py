@@ -119,6 +119,15 @@ def test_signals_of_their_own():
     assert made("deltaproduct").programmer(X)[0]["k"].shape == (2, 11, 2, 2, 12)
 
 
+def test_a_rule_of_ones_own_may_have_the_name_of_a_preset():
+    @fw.rule
+    def retnet(W, k: fw.Key, v: fw.Value):
+        return 0.5 * W + fw.outer(v, k)
+
+    model = LanguageModel(ModelConfig(layers=("retnet",), d_model=24, heads=2), {"retnet": retnet})
+    assert model.blocks[0].layer.rule is retnet
+
+
 def test_unknown_presets_are_refused_with_those_that_there_are():
     with pytest.raises(fw.RuleError, match="retnet"):
         layer_of("retnets", 24, heads=2)

@@ -81,6 +81,27 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """Run an experiment: a claim about fast weights, measured beside what is expected, PASS or FAIL. Without a name: what there is.
+
+    Example: fastweights reproduce capacity --quick
+    """
+
+    name: Annotated[str, tyro.conf.Positional] = ""
+    """An experiment."""
+    all: bool = False
+    """All of them, and a page that shows them."""
+    quick: bool = False
+    """A small version, under a minute."""
+    full: bool = False
+    """The sizes of the paper; may take hours."""
+    seeds: int = 0
+    """How many; by default 3, and 1 with --quick --all."""
+    runs: Path = Path("runs")
+    """The folder of all runs."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """What the rules cost on this machine, as shares of its peak and beside what else runs here: tables, JSON and a figure.
 
@@ -272,6 +293,51 @@ def _generate(options: Generate, console: Console) -> int:
     return 0
 
 
+def _reproduce(options: Reproduce, console: Console) -> int:
+    from .experiments import experiments, find
+    from .experiments.experiment import SIZES
+    from .experiments.report import finding_row, run, told, write_page
+
+    if options.quick and options.full:
+        raise FastWeightError("--quick and --full are two sizes; give one of them, or none for the size between")
+    if options.seeds < 0:
+        raise FastWeightError(f"--seeds is {options.seeds}, expected at least 1")
+    if bool(options.name) == options.all:
+        if options.name:
+            raise FastWeightError(f"give a name ({options.name}) or --all, not both")
+        table = _table("experiment", *SIZES, "claim")
+        for e in experiments().values():
+            table.add_row(f"[bold]{e.name}[/bold]", *(_duration(e.seconds[s]) for s in SIZES), escape(f"{e.claim} ({e.cite})"))
+        console.print(table)
+        _say(console, "One: fastweights reproduce NAME [--quick | --full] [--seeds n]")
+        _say(console, "All, with a page that shows them: fastweights reproduce --all --quick")
+        return 0
+    size = "quick" if options.quick else "full" if options.full else "default"
+    seeds = options.seeds or (1 if options.all and options.quick else 3)
+    chosen = list(experiments().values()) if options.all else [find(options.name)]
+    good = True
+    for e in chosen:
+        _say(console, f"{e.name}: {e.claim} ({e.cite})")
+        with console.status("running ...") as status:
+            result = run(e, size, seeds, options.runs, lambda text, status=status, e=e: status.update(f"{e.name}: {text}"))
+        table = _table("measured", "expected", "", "what")
+        for f in result.findings:
+            verdict = "[green]PASS[/green]" if f.passed else "[red]FAIL[/red]"
+            table.add_row(told(finding_row(f)), escape(f"{f.expected} ({f.source})"), verdict, escape(f.what))
+        console.print(table)
+        if result.notes:
+            _say(console, result.notes)
+        _say(console, f"{e.name}: {'PASS' if result.passed else 'FAIL'}  {options.runs}/reproduce/{e.name}/figure.png")
+        good &= result.passed
+    if options.all:
+        _say(console, f"all of them on one page: {write_page(options.runs, [e.name for e in chosen])}")
+    return 0 if good else 1
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"
+
+
 def _bench(options: Bench, console: Console) -> int:
     from .bench import run
 
@@ -289,5 +355,7 @@ def _doctor(options: Doctor, console: Console) -> int:
     return 0
 
 
-_RUN: dict[type, Any] = {Rules: _rules, Check: _check, Train: _train, Generate: _generate, Bench: _bench, Doctor: _doctor}
+_RUN: dict[type, Any] = {
+    Rules: _rules, Check: _check, Train: _train, Generate: _generate, Reproduce: _reproduce, Bench: _bench, Doctor: _doctor,
+}  # fmt: skip
 _VERBS: Any = Union[tuple(Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())] for verb in _RUN)]  # noqa: UP007

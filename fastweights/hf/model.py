@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..language.errors import SignalError
 from ..language.rule import Rule
 from ..models import LanguageModel, ModelConfig
-from ..models.language_model import Memory, attention_window
+from ..models.blocks import Memory, attention_window
 
 # what a model hands on from token to token has had two names
 _CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"

@@ -3,6 +3,11 @@
 from .files import load, save
 from .language_model import LanguageModel, ModelConfig
 from .presets import PRESETS, Preset, layer_of
+from .sequence_model import SequenceModel
 from .stream import Sampler, Stream
+from .systems import SYSTEMS, System
 
-__all__ = ["PRESETS", "LanguageModel", "ModelConfig", "Preset", "Sampler", "Stream", "layer_of", "load", "save"]
+__all__ = [
+    "PRESETS", "SYSTEMS", "LanguageModel", "ModelConfig", "Preset", "Sampler", "SequenceModel", "Stream", "System", "layer_of", "load",
+    "save",
+]  # fmt: skip

@@ -22,8 +22,9 @@ class Place:
     d_model: int
     heads: int
     d_key: int
-    index: int
-    depth: int
+    index: int = 0
+    depth: int = 1
+    d_value: int | None = None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..language.errors import FastWeightError
+from .blocks import Memory
 from .files import load_tensors, save_tensors
-from .language_model import LanguageModel, Memory
+from .language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..language.errors import FastWeightError
+from ..models.blocks import resolve
 from ..models.files import last_checkpoint, load_tensors, read_json, save, save_tensors, write_atomically, write_json
-from ..models.language_model import LanguageModel, ModelConfig, resolve
+from ..models.language_model import LanguageModel, ModelConfig
 
 _KEPT = 2
 

@@ -12,8 +12,10 @@ from typing import Any, Literal
 from .. import rules as catalogue
 from ..language.errors import FastWeightError, RuleError
 from ..language.rule import Rule
-from ..models.language_model import ModelConfig, attention_window
+from ..models.blocks import attention_window
+from ..models.language_model import ModelConfig
 from ..models.presets import rule_of
+from ..models.systems import SYSTEMS
 from ..tasks import Recall, Source, Text, read_text
 
 
@@ -118,7 +120,7 @@ def layer_names(text: str) -> tuple[list[str], dict[str, Rule]]:
             rule = rule_from_file(name)
             name = name.rpartition(":")[2]
             own[name] = rule
-        elif attention_window(name) is None:
+        elif attention_window(name) is None and name not in SYSTEMS:
             rule_of(name)
         names.append(name)
     return names, own

@@ -21,7 +21,7 @@ from .train.config import TrainConfig
 
 @dataclass(frozen=True)
 class Rules:
-    """The catalogue of rules and presets, or everything about one.
+    """The catalogue of rules, presets and systems, or everything about one.
 
     Example: fastweights rules gated_delta
     """
@@ -78,6 +78,21 @@ class Generate:
     """FILE.py:NAME of a rule of your own that the model was trained with; several with commas."""
     memory: str = ""
     """A file that the stream's memory is read from, if it is there, and written to at the end."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Make a model of this library of a checkpoint of flash-linear-attention (or Mamba-2 of transformers), or the other way round.
+
+    Example: fastweights convert gated_deltanet-1.3B mine
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A folder with config.json and model.safetensors, which may be in several files."""
+    target: Annotated[str, tyro.conf.Positional]
+    """A new folder."""
+    to: str = ""
+    """Of a model of this library: the family that it becomes, such as gated_deltanet."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +174,14 @@ def _table(*columns: str) -> Table:
 
 def _rules(options: Rules, console: Console) -> int:
     from .language.rule import FORMS
-    from .models import PRESETS
+    from .models import PRESETS, SYSTEMS
     from .rules import CATALOGUE
     from .train.config import find_rule
 
+    if options.name in SYSTEMS:
+        system = SYSTEMS[options.name]
+        _say(console, f"{options.name} is a system ({system.cite}), a layer by itself; forms: {', '.join(system.forms)}\n{system.equation}")
+        return 0
     if options.name:
         preset = PRESETS.get(options.name)
         if preset is not None:
@@ -183,8 +202,15 @@ def _rules(options: Rules, console: Console) -> int:
     for name, preset in PRESETS.items():
         presets.add_row(f"[bold]{name}[/bold]", preset.rule, f"{_made(preset)}\n[dim]{escape(preset.cite)}[/dim]")
     console.print(presets)
+    systems = _table("system", "what it computes; forms; source")
+    for name, system in SYSTEMS.items():
+        about = f"[dim]{', '.join(system.forms)}; {escape(system.cite)}[/dim]"
+        systems.add_row(f"[bold]{name}[/bold]", f"{escape(system.equation)}\n{about}")
+    console.print(systems)
     _say(console, "All forms: recurrent, parallel, chunk. Rules combine: r1 >> r2, r * n, r.T. About one: fastweights rules NAME")
-    _say(console, "A preset is a published layer, a rule with its programmer: fastweights train --rule NAME")
+    _say(
+        console, "A preset is a published layer, a rule with its programmer; a system is more than that: fastweights train --rule NAME"
+    )
     return 0
 
 
@@ -293,6 +319,13 @@ def _generate(options: Generate, console: Console) -> int:
     return 0
 
 
+def _convert(options: Convert, console: Console) -> int:
+    from .convert import convert
+
+    _say(console, convert(options.source, options.target, options.to))
+    return 0
+
+
 def _reproduce(options: Reproduce, console: Console) -> int:
     from .experiments import experiments, find
     from .experiments.experiment import SIZES
@@ -356,6 +389,7 @@ def _doctor(options: Doctor, console: Console) -> int:
 
 
 _RUN: dict[type, Any] = {
-    Rules: _rules, Check: _check, Train: _train, Generate: _generate, Reproduce: _reproduce, Bench: _bench, Doctor: _doctor,
+    Rules: _rules, Check: _check, Train: _train, Generate: _generate, Convert: _convert, Reproduce: _reproduce, Bench: _bench,
+     Doctor: _doctor,
 }  # fmt: skip
 _VERBS: Any = Union[tuple(Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())] for verb in _RUN)]  # noqa: UP007

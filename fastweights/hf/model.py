@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -20,7 +19,20 @@ from ..models.blocks import Memory, attention_window
 # what a model hands on from token to token has had two names
 _CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 _DEFAULT = ModelConfig()
-_OWN = ("layers", "heads", "d_key", "d_value", "d_hidden", "conv", "decay", "feature_map", "negative_eigenvalues", "fingerprints")
+_OWN = (
+    "layers",
+    "heads",
+    "d_key",
+    "d_value",
+    "d_hidden",
+    "conv",
+    "decay",
+    "feature_map",
+    "negative_eigenvalues",
+    "norm_eps",
+    "options",
+    "fingerprints",
+)
 
 
 class FastWeightConfig(PreTrainedConfig):
@@ -39,6 +51,8 @@ class FastWeightConfig(PreTrainedConfig):
     decay: str = _DEFAULT.decay
     feature_map: str = _DEFAULT.feature_map
     negative_eigenvalues: bool = _DEFAULT.negative_eigenvalues
+    norm_eps: float = _DEFAULT.norm_eps
+    options: dict[str, Any] | None = None
     fingerprints: dict[str, Any] | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -54,14 +68,14 @@ class FastWeightConfig(PreTrainedConfig):
 
     def to_model(self) -> ModelConfig:
         own = {n: getattr(self, n) for n in _OWN}
-        own |= {"layers": tuple(self.layers), "fingerprints": self.fingerprints or {}}
-        return ModelConfig(vocabulary=self.vocab_size, d_model=self.hidden_size, **own)
+        own |= {"layers": tuple(self.layers), "options": self.options or {}, "fingerprints": self.fingerprints or {}}
+        return ModelConfig(vocabulary=self.vocab_size, d_model=self.hidden_size, tied=self.tie_word_embeddings, **own)
 
     @classmethod
     def of(cls, config: ModelConfig, **more: Any) -> FastWeightConfig:
         """The same model's config for transformers."""
         own = {n: getattr(config, n) for n in _OWN}
-        return cls(vocab_size=config.vocabulary, hidden_size=config.d_model, **own, **more)
+        return cls(vocab_size=config.vocabulary, hidden_size=config.d_model, tie_word_embeddings=config.tied, **own, **more)
 
 
 class FastWeightCache(DynamicCache):
@@ -142,6 +156,9 @@ class FastWeightForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
         self.model.embed = value  # type: ignore[assignment]
 
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        return self.model.head
+
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any) -> None:
         if generation_config.use_cache is not False and model_kwargs.get(_CACHE) is None:
             model_kwargs[_CACHE] = FastWeightCache()
@@ -171,7 +188,7 @@ class FastWeightForCausalLM(PreTrainedModel, GenerationMixin):
             cache.memory, cache.seen = new, cache.seen + x.shape[1]
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         x = self.model.norm(x if isinstance(keep, int) else x[:, keep])
-        logits = F.linear(x, self.model.embed.weight)
+        logits = self.model.logits(x)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         out = CausalLMOutputWithPast(**{"loss": loss, "logits": logits, _CACHE: cache if use_cache else None})
         return out if return_dict is not False else out.to_tuple()

@@ -84,10 +84,10 @@ class SoftmaxAttention(nn.Module):
 
 
 def rotate(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary positions: channel pairs (i, i + d/2) turned by position * base^(-2i/d). Source: Su et al. 2021."""
+    """Rotary positions (N,) or (B, 1, N) of x (B, H, N, d): channels (i, i + d/2) turned by position * base^(-2i/d). Su et al. 2021."""
     half = x.shape[-1] // 2
     speed = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = positions.double()[:, None] * speed
+    angle = positions.double()[..., None] * speed
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)

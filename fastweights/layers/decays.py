@@ -45,6 +45,32 @@ class LowRankDecay(nn.Module):
         return F.logsigmoid(_single(self.up(self.down(x))).unflatten(-1, (self.heads, -1))) / self.divisor
 
 
+class LowRankSoftplusDecay(nn.Module):
+    """``SoftplusDecay`` a key channel of B A x, A and B of a low rank. Source: Kimi Team 2025 (KDA)."""
+
+    def __init__(self, d_model: int, heads: int, d_key: int, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(d_model, rank, bias=False), nn.Linear(rank, heads * d_key, bias=False)
+        self.decay = SoftplusDecay(heads, d_key)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decay(self.up(self.down(x)).unflatten(-1, self.decay.dt_bias.shape))
+
+
+class SafeDecay(nn.Module):
+    """g = lowest sigmoid(exp(A_log) (w x + dt_bias)), a key channel: never below ``lowest``. Source: Ling Team 2026 (KDA's safe gate)."""
+
+    def __init__(self, d_model: int, heads: int, d_key: int, lowest: float = -5.0) -> None:
+        super().__init__()
+        self.project, self.lowest = nn.Linear(d_model, heads * d_key, bias=False), lowest
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(heads, d_key))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = _single(self.project(x)).unflatten(-1, self.dt_bias.shape)
+        return self.lowest * torch.sigmoid(self.A_log.to(z.dtype).exp().unsqueeze(-1) * (z + self.dt_bias.to(z.dtype)))
+
+
 class FixedDecay(nn.Module):
     """The same g for all tokens, a number a head."""
 
@@ -72,16 +98,27 @@ def lightning(heads: int) -> FixedDecay:
     return FixedDecay(-(2.0 ** (-8.0 * (torch.arange(heads, dtype=torch.float64) + 1) / heads)).float())
 
 
+class CappedGate(nn.Module):
+    """c tanh((w x + b) / c), a number a head: the raw input gate of an mLSTM. Source: Beck et al. 2025 (xLSTM 7B: c = 15)."""
+
+    def __init__(self, d_model: int, heads: int, cap: float = 15.0) -> None:
+        super().__init__()
+        self.project, self.cap = nn.Linear(d_model, heads), cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cap * torch.tanh(_single(self.project(x)) / self.cap)
+
+
 class ForgetGate(nn.Module):
     """g = logsigmoid(c tanh((w x + b) / c)), a number a head, softly capped at c. Source: Beck et al. 2025 (xLSTM 7B: c = 15)."""
 
     def __init__(self, d_model: int, heads: int, cap: float = 15.0) -> None:
         super().__init__()
-        self.project, self.cap = nn.Linear(d_model, heads), cap
-        nn.init.constant_(self.project.bias, 4.0)  # remember at first
+        self.gate = CappedGate(d_model, heads, cap)
+        nn.init.constant_(self.gate.project.bias, 4.0)  # remember at first
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(self.cap * torch.tanh(_single(self.project(x)) / self.cap))
+        return F.logsigmoid(self.gate(x))
 
 
 class LowerBoundedDecay(nn.Module):
@@ -90,29 +127,34 @@ class LowerBoundedDecay(nn.Module):
     Source: Qin et al. 2024 (HGRN2), whose bounds rise from layer to layer.
     """
 
+    bound: Tensor
+
     def __init__(self, d_model: int, heads: int, d_key: int, bound: float) -> None:
         super().__init__()
-        self.project, self.heads, self.bound = nn.Linear(d_model, heads * d_key, bias=False), heads, bound
+        self.project = nn.Linear(d_model, heads * d_key, bias=False)
+        self.register_buffer("bound", torch.full((heads, d_key), bound))
 
     def decay(self, x: Tensor) -> Tensor:
-        return self.bound + (1 - self.bound) * _single(self.project(x)).sigmoid().unflatten(-1, (self.heads, -1))
+        open = _single(self.project(x)).sigmoid().unflatten(-1, self.bound.shape)
+        return self.bound.to(open.dtype) + (1 - self.bound.to(open.dtype)) * open
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decay(x).clamp(min=1e-6).log()
 
 
 class StepSize(nn.Module):
-    """dt = softplus(w x + dt_bias), a number a head. Source: Gu and Dao 2023; Dao and Gu 2024 (Mamba-2)."""
+    """dt = softplus(w x + dt_bias), a number a head, within ``limits``. Source: Gu and Dao 2023; Dao and Gu 2024 (Mamba-2)."""
 
-    def __init__(self, d_model: int, heads: int) -> None:
+    def __init__(self, d_model: int, heads: int, limits: tuple[float, float] = (0.0, math.inf)) -> None:
         super().__init__()
+        self.limits = limits
         self.project = nn.Linear(d_model, heads, bias=False)
         step = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
 
     def forward(self, x: Tensor) -> Tensor:
         z = _single(self.project(x))
-        return F.softplus(z + self.dt_bias.to(z.dtype))
+        return F.softplus(z + self.dt_bias.to(z.dtype)).clamp(*self.limits)
 
 
 class SteppedDecay(nn.Module):

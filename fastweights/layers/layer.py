@@ -13,6 +13,7 @@ from ..engine.scan import scan
 from ..language.errors import SignalError, SignalTypeError
 from ..language.rule import Rule
 from .attention import rotate
+from .norms import GroupedNorm
 from .programmer import Programmer
 
 State = dict[str, Tensor]
@@ -31,8 +32,10 @@ class FastWeightLayer(nn.Module):
         rule: any rule; the programmer is built from its signature (see ``Programmer``).
         d_model: size of x.
         heads, d_key, d_value: heads, and the sizes of a head; by default d_model is shared out among the heads.
-        output_norm, output_gate: RMS norm of each head's read-out (of all heads together: ``"all"``), and a gate on it:
-            ``gate`` is swish or sigmoid, ``gate_first`` before the norm.
+        output_norm, norm_eps: RMS norm of each head's read-out; of all heads together ``"all"``, of n groups of heads ``n``, a layer
+            norm of each head ``"layer"``; none if False.
+        output_gate: a gate on the read-out: ``gate`` is swish or sigmoid, ``gate_first`` before the norm. ``gate_rank`` makes it of two
+            projections with so many numbers between them, as many as a head has values if ``"head"``.
         skip: what is read gets a share of the value itself, a number a head (as in Mamba-2).
         rotary: keys and queries turn with their position (as in RetNet), which is then a part of the state.
         programmer: a module of your own in the place of the default one: ``signals, conv = programmer(x, conv)``.
@@ -53,10 +56,12 @@ class FastWeightLayer(nn.Module):
         heads: int = 4,
         d_key: int | None = None,
         d_value: int | None = None,
-        output_norm: bool | str = True,
+        output_norm: bool | str | int = True,
+        norm_eps: float = 1e-5,
         output_gate: bool = True,
         gate: str = "swish",
         gate_first: bool = False,
+        gate_rank: int | str | None = None,
         skip: bool = False,
         rotary: bool = False,
         form: str = "auto",
@@ -80,11 +85,13 @@ class FastWeightLayer(nn.Module):
             raise SignalError(f"{', '.join(options)} are options of the default programmer, and another programmer was given")
         self.programmer = programmer
         self.d_feature = getattr(programmer, "d_feature", self.d_key)  # of W
-        self.gate_first, self.over_all = gate_first, output_norm == "all"
-        self.norm = nn.RMSNorm(heads * self.d_value if self.over_all else self.d_value, eps=1e-5) if output_norm else None
+        self.gate_first, self.each_head = gate_first, output_norm is True
+        values = heads * self.d_value
+        self.norm = _norm(output_norm, heads, self.d_value, norm_eps)
         self.skip = nn.Parameter(torch.ones(heads)) if skip else None
-        self.gate = nn.Linear(d_model, heads * self.d_value, bias=False) if output_gate else None
-        self.out = nn.Linear(heads * self.d_value, d_model, bias=False)
+        rank = self.d_value if gate_rank == "head" else gate_rank
+        self.gate = _gate(d_model, values, rank) if output_gate else None
+        self.out = nn.Linear(values, d_model, bias=False)
         if rotary and (self.d_feature % 2 or not {"q", "k"} <= rule.signals.keys()):
             raise SignalError(
                 f"rotary turns pairs of channels of q and k; {rule.name} has {', '.join(rule.signals)}, of {self.d_feature} channels"
@@ -94,6 +101,8 @@ class FastWeightLayer(nn.Module):
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.d_model:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise SignalError(f"x is {found}, expected a tensor (B, T, d_model = {self.d_model})")
+        if state is not None and (missing := [n for n in (*self.rule.states, *(("position",) if self.rotary else ())) if n not in state]):
+            raise SignalError(f"the state has {', '.join(state)}, and {', '.join(missing)} is missing; pass one that this layer returned")
         before = None if state is None else state.get("conv")
         signals, conv = self.programmer(x, before) if reset is None else self.programmer(x, before, reset)
         turned = {}
@@ -116,7 +125,7 @@ class FastWeightLayer(nn.Module):
         gate = None if self.gate is None else _GATES[self.gate_kind](self.gate(x))
         y = y * gate if gate is not None and self.gate_first else y
         if self.norm is not None:
-            y = self.norm(y if self.over_all else y.unflatten(-1, (self.heads, -1))).reshape(y.shape)
+            y = self.norm(y.unflatten(-1, (self.heads, -1)) if self.each_head else y).reshape(y.shape)
         return y * gate if gate is not None and not self.gate_first else y
 
     def _empty(self, x: Tensor, signals: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -134,3 +143,25 @@ class FastWeightLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.rule.name}, d_model={self.d_model}, heads={self.heads}, d_key={self.d_key}, d_value={self.d_value}"
+
+
+def _norm(kind: bool | str | int, heads: int, d_value: int, eps: float) -> nn.Module | None:
+    if kind is True:
+        return nn.RMSNorm(d_value, eps=eps)
+    if kind == "all":
+        return nn.RMSNorm(heads * d_value, eps=eps)
+    if kind == "layer":
+        return GroupedNorm(heads, heads * d_value, eps, centred=True)
+    if not kind:
+        return None
+    if not isinstance(kind, int) or kind < 1 or heads % kind:
+        raise SignalError(f"output_norm is {kind!r}; known: True, False, 'all', 'layer', or a number of groups that divides {heads} heads")
+    return GroupedNorm(kind, heads * d_value, eps)
+
+
+def _gate(d_model: int, values: int, rank: int | str | None) -> nn.Module:
+    if rank is None:
+        return nn.Linear(d_model, values, bias=False)
+    if not isinstance(rank, int) or rank < 1:
+        raise SignalError(f"gate_rank is {rank!r}, expected a number of at least 1, 'head', or None")
+    return nn.Sequential(nn.Linear(d_model, rank, bias=False), nn.Linear(rank, values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,32 +65,33 @@ def layer_named(name: str, config: ModelConfig, rules: Mapping[str, Rule], index
         return SoftmaxAttention(config.d_model, heads=config.heads, window=window or None)
     if name not in rules:
         return SYSTEMS[name].build(place)
+    sizes: dict[str, Any] = {"heads": config.heads, "d_key": config.d_key, "d_value": config.d_value}
     if name in PRESETS and rules[name] == rule_of(name):  # a rule of one's own may have a preset's name
-        return layer_of(
-            name, config.d_model, heads=config.heads, d_key=config.d_key, d_value=config.d_value, index=index, depth=len(config.layers)
-        )
-    return FastWeightLayer(
-        rules[name], config.d_model, heads=config.heads, d_key=config.d_key, d_value=config.d_value, conv=config.conv,
-        decay=config.decay if -1 in rules[name].shapes else "head", feature_map=config.feature_map,
-        negative_eigenvalues=config.negative_eigenvalues,
-    )  # fmt: skip
+        return layer_of(name, config.d_model, **sizes, index=index, depth=len(config.layers), **config.options)
+    general = {"conv": config.conv, "feature_map": config.feature_map, "negative_eigenvalues": config.negative_eigenvalues}
+    general["decay"] = config.decay if -1 in rules[name].shapes else "head"
+    return FastWeightLayer(rules[name], config.d_model, **sizes, **{**general, **config.options})
 
 
 class Block(nn.Module):
-    """x + layer(norm(x)), then x + mlp(norm(x)); ``d_hidden`` is the width of the MLP, 8/3 d_model by default."""
+    """x + layer(norm(x)), then x + mlp(norm(x)) unless the config leaves the MLP out."""
 
-    def __init__(self, layer: nn.Module, d_model: int, d_hidden: int | None = None) -> None:
+    def __init__(self, layer: nn.Module, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        d_model = config.d_model
+        self.norm = nn.RMSNorm(d_model, eps=config.norm_eps)
         self.layer = layer
-        hidden = d_hidden or 8 * d_model // 3 // 8 * 8
-        self.mlp_norm = nn.RMSNorm(d_model, eps=1e-5)
-        self.mlp_in = nn.Linear(d_model, 2 * hidden, bias=False)
-        self.mlp_out = nn.Linear(hidden, d_model, bias=False)
+        self.hidden = 8 * d_model // 3 // 8 * 8 if config.d_hidden is None else config.d_hidden
+        if self.hidden:
+            self.mlp_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
+            self.mlp_in = nn.Linear(d_model, 2 * self.hidden, bias=False)
+            self.mlp_out = nn.Linear(self.hidden, d_model, bias=False)
 
     def forward(self, x: Tensor, state: dict[str, Tensor] | None, reset: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         y, state = self.layer(self.norm(x), state) if reset is None else self.layer(self.norm(x), state, reset)
         x = x + y
+        if not self.hidden:
+            return x, state
         gate, up = self.mlp_in(self.mlp_norm(x)).chunk(2, -1)
         return x + self.mlp_out(F.silu(gate) * up), state
 

@@ -24,7 +24,8 @@ from .blocks import Block, Memory, initialise, layer_named, resolve, run_blocks
 class ModelConfig:
     """Everything needed to build a model, but its weights and the code of rules that are not in the catalogue.
 
-    ``fingerprints`` says, for every rule in ``layers``, which mathematics its name stands for.
+    ``options`` are further ones of the layers of presets and rules, by name. ``d_hidden`` is the width of the MLPs, 8/3 d_model by
+    default, and 0 leaves them out. ``fingerprints`` says, for every rule in ``layers``, which mathematics its name stands for.
     """
 
     layers: tuple[str, ...] = ("gated_delta", "gated_delta")
@@ -38,6 +39,9 @@ class ModelConfig:
     decay: str = "head"
     feature_map: str = "silu"
     negative_eigenvalues: bool = False
+    norm_eps: float = 1e-5
+    tied: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
     fingerprints: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -74,16 +78,19 @@ class LanguageModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(config.vocabulary, config.d_model)
-            self.blocks = nn.ModuleList(
-                Block(layer_named(name, config, self.rules, i), config.d_model, config.d_hidden) for i, name in enumerate(config.layers)
-            )
-            self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
+            self.blocks = nn.ModuleList(Block(layer_named(name, config, self.rules, i), config) for i, name in enumerate(config.layers))
+            self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+            self.head = None if config.tied else nn.Linear(config.d_model, config.vocabulary, bias=False)
             nn.init.normal_(self.embed.weight, std=config.d_model**-0.5)
             initialise(self.blocks)
 
     def forward(self, ids: Tensor, memory: Sequence[dict[str, Tensor]] | None = None, reset: Tensor | None = None) -> tuple[Tensor, Memory]:
         x, new = run_blocks(self.blocks, self.embed(ids), memory, reset)
-        return F.linear(self.norm(x), self.embed.weight), new
+        return self.logits(self.norm(x)), new
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of what the last norm made."""
+        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
     def state_bytes(self, tokens: int) -> int:
         """Bytes of memory for one sequence of that many tokens."""

@@ -83,12 +83,12 @@ PRESETS: dict[str, Preset] = {
         "decayed_hebb", "Yang et al. 2024, ICML", _PLAIN, {"g": lambda p, _: decays.LowRankDecay(p.d_model, p.heads, p.d_key)}
     ),
     "hgrn2": Preset(
-        "decayed_hebb", "Qin et al. 2024", {**_PLAIN, "feature_map": "silu"},
+        "decayed_hebb", "Qin et al. 2024", {**_PLAIN, "feature_map": "silu", "output_norm": "all", "output_gate": False},
         {"g": _bounded, "k": lambda _, made: Complement(made["g"])},
     ),
     "mlstm": Preset(
-        "exp_gated_hebb", "Beck et al. 2024, NeurIPS", {**_PLAIN, "gate": "sigmoid"},
-        {"g": lambda p, _: decays.ForgetGate(p.d_model, p.heads)},
+        "exp_gated_hebb", "Beck et al. 2024, NeurIPS", {**_PLAIN, "gate": "sigmoid", "output_norm": "layer"},
+        {"i": lambda p, _: decays.CappedGate(p.d_model, p.heads), "g": lambda p, _: decays.ForgetGate(p.d_model, p.heads)},
     ),
     "fast_weight_delta": Preset(
         "delta", "Schlag, Irie and Schmidhuber 2021, ICML",
@@ -98,7 +98,10 @@ PRESETS: dict[str, Preset] = {
     "deltaproduct": Preset("delta * 2", "Siems et al. 2025", {**_DELTA, "negative_eigenvalues": True, "output_gate": False}),
     "gated_deltanet": Preset("gated_delta", "Yang, Kautz and Hatamizadeh 2025, ICLR", {**_DELTA, "decay": "head"}),
     "gated_deltaproduct": Preset("gated_delta * 2", "Siems et al. 2025", {**_DELTA, "decay": "head", "negative_eigenvalues": True}),
-    "kda": Preset("gated_delta", "Kimi Team 2025 (Kimi Linear)", {**_DELTA, "decay": "channel", "gate": "sigmoid"}),
+    "kda": Preset(
+        "gated_delta", "Kimi Team 2025 (Kimi Linear)", {**_DELTA, "decay": "channel", "gate": "sigmoid", "gate_rank": "head"},
+        {"g": lambda p, _: decays.LowRankSoftplusDecay(p.d_model, p.heads, p.d_key, p.d_value or p.d_key)},
+    ),
     "gdn2": Preset("erase_write", "Gated DeltaNet-2, 2026", {**_DELTA, "decay": "channel"}),
     "comba": Preset("comba", "Hu et al. 2025", {**_DELTA, "decay": "head"}),
     "longhorn": Preset("implicit_delta", "Liu et al. 2024", {**_DELTA, "norm": "none"}),
@@ -122,9 +125,18 @@ def rule_of(name: str) -> Rule:
 
 
 def layer_of(
-    name: str, d_model: int, *, heads: int, d_key: int | None = None, d_value: int | None = None, index: int = 0, depth: int = 1
+    name: str,
+    d_model: int,
+    *,
+    heads: int,
+    d_key: int | None = None,
+    d_value: int | None = None,
+    index: int = 0,
+    depth: int = 1,
+    custom: Mapping[str, nn.Module] | None = None,
+    **options: Any,
 ) -> FastWeightLayer:
-    """A preset's layer; ``index`` of ``depth`` layers, where that matters.
+    """A preset's layer; ``index`` of ``depth`` layers, where that matters; other options and signals than the preset's by name.
 
     >>> layer_of("retnet", 32, heads=2)
     FastWeightLayer(
@@ -132,8 +144,10 @@ def layer_of(
       ...
     """
     found = preset(name)
-    place = Place(d_model, heads, d_key or d_model // max(heads, 1), index, depth)
-    custom: dict[str, nn.Module] = {}
+    each = d_model // max(heads, 1)
+    place = Place(d_model, heads, d_key or each, index, depth, d_value or each)
+    made = dict(custom or {})
     for signal, make in found.signals.items():
-        custom[signal] = make(place, custom)
-    return FastWeightLayer(rule_of(name), d_model, heads=heads, d_key=d_key, d_value=d_value, custom=custom, **dict(found.options))
+        if signal not in made:
+            made[signal] = make(place, made)
+    return FastWeightLayer(rule_of(name), d_model, heads=heads, d_key=d_key, d_value=d_value, custom=made, **{**found.options, **options})

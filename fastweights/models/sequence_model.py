@@ -33,10 +33,8 @@ class SequenceModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.enter = nn.Linear(d_in, config.d_model)
-            self.blocks = nn.ModuleList(
-                Block(layer_named(name, config, found, i), config.d_model, config.d_hidden) for i, name in enumerate(config.layers)
-            )
-            self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
+            self.blocks = nn.ModuleList(Block(layer_named(name, config, found, i), config) for i, name in enumerate(config.layers))
+            self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
             self.leave = nn.Linear(config.d_model, d_out)
             initialise(self.blocks)
 

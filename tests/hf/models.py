@@ -31,6 +31,23 @@ def _kimi_linear():
     return transformers.KimiLinearForCausalLM(config)
 
 
+def _bailing_hybrid():
+    config = transformers.BailingHybridConfig(
+        **COMMON, **{**HEADS, "num_key_value_heads": 4}, **HYBRID, **{**LATENT, "qk_rope_head_dim": 8}, linear_num_heads=4,
+        linear_head_dim=16, first_k_dense_replace=2, num_experts=2, moe_intermediate_size=32, num_experts_per_tok=1, n_group=1,
+        topk_group=1,
+    )  # fmt: skip
+    return transformers.BailingHybridForCausalLM(config)
+
+
+def _zamba2():
+    config = transformers.Zamba2Config(
+        **COMMON, num_attention_heads=4, intermediate_size=96, layers_block_type=["mamba", "hybrid"], n_mamba_heads=8, mamba_headdim=16,
+        mamba_d_state=16, mamba_ngroups=1, chunk_size=16, num_mem_blocks=1,
+    )  # fmt: skip
+    return transformers.Zamba2ForCausalLM(config)
+
+
 def _mamba2():
     return transformers.Mamba2ForCausalLM(
         transformers.Mamba2Config(**COMMON, num_heads=8, head_dim=16, state_size=16, n_groups=2, expand=2, chunk_size=16)
@@ -85,11 +102,12 @@ BUILDERS = (
     _qwen3_next, _qwen3_5, _olmo_hybrid, _kimi_linear, _mamba2, _bamba, _falcon_h1, _granite, _nemotron_h, _xlstm, _minimax,
 )  # fmt: skip
 FAMILIES = {f.__name__[1:]: f for f in BUILDERS}
+OTHERS = {f.__name__[1:]: f for f in (_bailing_hybrid, _zamba2)}
 
 
 def build(family, seed=0):
     torch.manual_seed(seed)
-    model = FAMILIES[family]().eval()
+    model = (FAMILIES | OTHERS)[family]().eval()
     for p in model.parameters():
         if p.ndim >= 2:
             torch.nn.init.normal_(p, std=0.15)

@@ -164,3 +164,13 @@ def test_a_layer_can_be_copied():
     assert torch.equal(twin(x)[0], layer(x)[0])
     assert twin.rule is layer.rule
     assert twin.programmer.project.weight is not layer.programmer.project.weight
+
+
+def test_a_state_that_lacks_a_part_is_refused():
+    from fastweights.models import layer_of
+
+    layer = layer_of("retnet", 16, heads=2)
+    x = torch.randn(1, 3, 16)
+    _, state = layer(x)
+    with pytest.raises(fw.SignalError, match="position is missing"):
+        layer(x, {"W": state["W"]})

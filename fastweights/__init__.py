@@ -2,6 +2,7 @@
 
 from . import rules
 from .engine.check import check
+from .engine.distributed import scan_across
 from .engine.scan import Output, Plan, attention_matrix, plan, scan, unroll
 from .engine.step import step
 from .language.decorator import descend, outer, rule
@@ -11,6 +12,7 @@ from .language.roles import (
     Gate,
     Key,
     KeyGate,
+    KeyMatrix,
     KeyState,
     KeyVector,
     LogDecay,
@@ -21,11 +23,21 @@ from .language.roles import (
     Rate,
     Scalar,
     ScalarState,
+    SlowKey,
+    SlowKeyMatrix,
+    SlowMatrix,
+    SlowReverseMatrix,
+    SlowScalar,
+    SlowValue,
+    SlowValueMatrix,
     Value,
+    ValueCube,
     ValueGate,
     ValueLogDecay,
+    ValueMatrix,
     ValueState,
     ValueVector,
+    several,
 )
 from .language.rule import Rule
 from .layers import FastWeightLayer, Programmer, SoftmaxAttention
@@ -37,6 +49,7 @@ __all__ = [
     "Gate",
     "Key",
     "KeyGate",
+    "KeyMatrix",
     "KeyState",
     "KeyVector",
     "LogDecay",
@@ -55,10 +68,19 @@ __all__ = [
     "ScalarState",
     "SignalError",
     "SignalTypeError",
+    "SlowKey",
+    "SlowKeyMatrix",
+    "SlowMatrix",
+    "SlowReverseMatrix",
+    "SlowScalar",
+    "SlowValue",
+    "SlowValueMatrix",
     "SoftmaxAttention",
     "Value",
+    "ValueCube",
     "ValueGate",
     "ValueLogDecay",
+    "ValueMatrix",
     "ValueState",
     "ValueVector",
     "attention_matrix",
@@ -69,6 +91,8 @@ __all__ = [
     "rule",
     "rules",
     "scan",
+    "scan_across",
+    "several",
     "step",
     "unroll",
 ]

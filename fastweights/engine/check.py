@@ -16,6 +16,8 @@ from torch import Tensor
 from ..language.objective import Objective
 from ..language.roles import Signal
 from ..language.rule import FORMS, Rule
+from . import sequential
+from .inputs import check as check_inputs
 from .inputs import require_rule
 from .scan import Output, scan
 
@@ -64,7 +66,8 @@ def example(
     """Random signals of sensible size for every role: keys of about unit length, rates and gates in (0, 1), decays of all kinds."""
     draw = torch.Generator().manual_seed(seed)
     pick = -1 if per_channel else 0
-    return {n: _draw(s, (B, T, H, *s.shapes(K, V)[pick]), draw).to(dtype) for n, s in rule.signals.items()}
+    leads = {n: (H,) if s.role.slow else (B, T, H) for n, s in rule.signals.items()}
+    return {n: _draw(s, (*leads[n], *s.shapes(K, V)[pick]), draw).to(dtype) for n, s in rule.signals.items()}
 
 
 def _draw(s: Signal, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
@@ -124,6 +127,7 @@ def check(rule: Rule, *, seed: int = 0, T: int = 33, chunk_sizes: tuple[int, ...
     rounding = _error(rule, cases, torch.float32, form="recurrent")
     allowed = 2 * rounding + torch.finfo(torch.float32).eps
     rows = [_reference(rule, cases), Row("recurrent", "float32", error=rounding, note="the rounding of the rule itself, for comparison")]
+    rows += _machine(rule, cases, allowed)
     for form in FORMS[1:]:
         if form not in rule.forms:
             rows.append(Row(form, note=f"refused: {rule.trace.reason}"))
@@ -136,6 +140,30 @@ def check(rule: Rule, *, seed: int = 0, T: int = 33, chunk_sizes: tuple[int, ...
         error = descent_error(rule, rule.objective, seed)
         rows.append(Row("objective", "float64", error=error, passed=error < TOLERANCE, note=rule.objective.equation))
     return Report(rule.name, rows)
+
+
+def _machine(rule: Rule, cases: list[Case], allowed: float) -> list[Row]:
+    """The compiled machine against the body, where it runs."""
+    for signals, states in cases:
+        given = check_inputs(rule, signals, states)
+        refused = sequential.refusal(rule.trace_for(given.token_shapes()), given)
+        if refused:
+            return [Row("machine", note=f"refused: {refused}")]
+    how: dict[str, Any] = {"form": "recurrent", "backend": "cpu"}
+    if not all(bool(x.isfinite().all()) for g, s in cases for x in _parts(scan(rule, **g, state=s, form="recurrent"))):
+        return [Row("machine", note="not compared: the rule itself overflows on these signals")]
+    error = _error(rule, cases, **how)
+    gradient = max(distance(_slopes(rule, case, **how), _slopes(rule, case, form="recurrent")) for case in cases)
+    single = _error(rule, cases, torch.float32, **how)
+    passed = max(error, gradient) < TOLERANCE
+    return [
+        Row("machine", "float64", None, error, gradient, _speed(rule, **how), passed),
+        Row("machine", "float32", error=single, passed=single <= allowed, note=f"allowed {allowed:.1e}"),
+    ]
+
+
+def _slopes(rule: Rule, case: Case, **how: Any) -> Tensor:
+    return torch.cat([g.flatten() for g in gradients(rule, *case, **how)])
 
 
 def _case(rule: Rule, seed: int, T: int, per_channel: bool) -> Case:
@@ -163,8 +191,8 @@ def _reference(rule: Rule, cases: list[Case]) -> Row:
     split = gradient = 0.0
     for signals, state in cases:
         cut = next(iter(signals.values())).shape[1] // 3
-        first = scan(rule, **{n: x[:, :cut] for n, x in signals.items()}, state=state, form="recurrent")
-        rest = scan(rule, **{n: x[:, cut:] for n, x in signals.items()}, state=first.state, form="recurrent")
+        first = scan(rule, **_cut(rule, signals, slice(cut)), state=state, form="recurrent")
+        rest = scan(rule, **_cut(rule, signals, slice(cut, None)), state=first.state, form="recurrent")
         joined = Output(torch.cat([first.y, rest.y], 1), rest.state)
         split = max(split, _apart(joined, scan(rule, **signals, state=state, form="recurrent")))
         gradient = max(gradient, _finite_difference(rule, signals, state))
@@ -173,9 +201,13 @@ def _reference(rule: Rule, cases: list[Case]) -> Row:
     return Row("recurrent", "float64", None, split, gradient, _speed(rule, "recurrent"), passed, note)
 
 
+def _cut(rule: Rule, signals: dict[str, Any], tokens: slice) -> dict[str, Any]:
+    return {n: x if rule.signals[n].role.slow else x[:, tokens] for n, x in signals.items()}
+
+
 def _finite_difference(rule: Rule, signals: dict[str, Any], state: tuple[Tensor, ...]) -> float:
     """The derivative along one direction, by autograd and by central differences."""
-    short = {n: x[:1, :5, :1] - 0.01 * rule.signals[n].role.log_decay for n, x in signals.items()}
+    short = {n: x[:1] if rule.signals[n].role.slow else x[:1, :5, :1] - 0.01 * rule.signals[n].role.log_decay for n, x in signals.items()}
     start = tuple(s[:1, :1] for s in state)
 
     def at(h: float) -> float:
@@ -188,24 +220,20 @@ def _finite_difference(rule: Rule, signals: dict[str, Any], state: tuple[Tensor,
 
 def _double(rule: Rule, cases: list[Case], form: str, size: int | None) -> Row:
     """A form in float64: what it computes and its gradients, against the body."""
-
-    def slopes(case: Case, **how: Any) -> Tensor:
-        return torch.cat([g.flatten() for g in gradients(rule, *case, **how)])
-
     error = _error(rule, cases, form=form, chunk_size=size)
-    gradient = max(distance(slopes(case, form=form, chunk_size=size), slopes(case, form="recurrent")) for case in cases)
+    gradient = max(distance(_slopes(rule, case, form=form, chunk_size=size), _slopes(rule, case, form="recurrent")) for case in cases)
     speed = _speed(rule, form) if size in (None, 16) else None
     return Row(form, "float64", size, error, gradient, speed, max(error, gradient) < TOLERANCE)
 
 
-def _speed(rule: Rule, form: str) -> float:
+def _speed(rule: Rule, form: str, **how: Any) -> float:
     """Tokens a second, forward, at B1 H2 K32 V32."""
     T = 512 if form != "recurrent" else 64
     signals = example(rule, 1, T, 2, 32, 32, per_channel=rule.shapes[0] == -1, dtype=torch.float32)
     state = tuple(torch.zeros(1, 2, *s.shapes(32, 32)[0]) for s in rule.states.values())
 
     with torch.no_grad():
-        return T / min(timeit.repeat(lambda: scan(rule, **signals, state=state, form=form), number=1, repeat=3))
+        return T / min(timeit.repeat(lambda: scan(rule, **signals, state=state, form=form, **how), number=1, repeat=3))
 
 
 def descent_error(rule: Rule, objective: Objective, seed: int = 0) -> float:

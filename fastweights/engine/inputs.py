@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..language.rule import Rule
 
 @dataclass(frozen=True)
 class Inputs:
-    """Checked signals (B, T, H or fewer, ...) and states (B, H, ...), with the sizes they agree on.
+    """Checked signals (B, T, H or fewer, ...) and states (B, H, ...), with the sizes they agree on; what is slow is expanded.
 
     ``dtype`` is that of the state and of all arithmetic; ``out`` that of the output.
     """
@@ -33,6 +33,7 @@ class Inputs:
     dtype: torch.dtype
     out: torch.dtype
     device: torch.device
+    slow: Mapping[str, Tensor] = field(default_factory=dict)  # as given: (H or fewer, ...)
 
     def empty(self) -> Tensor:
         """The output of no tokens."""
@@ -67,10 +68,11 @@ def check(
     _names(rule, signals, optional)
     for n, x in signals.items():
         _check_signal(rule, n, x, time)
-    given = {n: x if time else x.unsqueeze(1) for n, x in signals.items()}
+    given = {n: x if time else x.unsqueeze(1) for n, x in signals.items() if not rule.signals[n].role.slow}
     hint = f"; signals are (B, {'T, ' if time else ''}H, ...)"
     B = _common(rule, "B", {n: x.shape[0] for n, x in given.items()}, hint)
     T = _common(rule, "T", {n: x.shape[1] for n, x in given.items()}, hint)
+    given = {n: given[n] if n in given else x.expand(B, T, *x.shape) for n, x in signals.items()}
     w = state[0] if isinstance(state, (tuple, list)) and state else state
     w = w if isinstance(w, Tensor) and w.ndim == 4 else None
     K = _channels(rule, given, "K", None if w is None else w.shape[3])
@@ -94,7 +96,8 @@ def check(
     states = _states(rule, state, (B, H, K, V), dtype, device)
     if reset is not None:
         _check_reset(rule, reset, (B, T), device)
-    return Inputs(rule, given, states, reset, B, T, H, K, V, dtype, out, device)
+    slow = {n: x for n, x in signals.items() if rule.signals[n].role.slow}
+    return Inputs(rule, given, states, reset, B, T, H, K, V, dtype, out, device, slow)
 
 
 def _names(rule: Rule, signals: Mapping[str, Any], optional: tuple[str, ...]) -> None:
@@ -117,7 +120,8 @@ def _check_signal(rule: Rule, n: str, x: Any, time: bool) -> None:
         raise SignalTypeError(f"{rule.name}: signal {n!r} is of layout {x.layout}, expected a dense tensor; pass {n}.to_dense()")
     if not x.is_floating_point():
         raise SignalTypeError(f"{rule.name}: signal {n!r} has dtype {x.dtype}, expected a real floating-point dtype; pass {n}.float()")
-    if x.ndim - 2 - time not in map(len, expected.shapes(1, 1)):
+    lead = 1 if expected.role.slow else 2 + time
+    if x.ndim - lead not in map(len, expected.shapes(1, 1)):
         letters = expected.letters() if time else expected.letters().replace("T, ", "")
         raise SignalError(f"{rule.name}: signal {n!r} ({expected.role}) has shape {tuple(x.shape)}, expected {letters}")
 
@@ -133,18 +137,20 @@ def _common(rule: Rule, letter: str, sizes: dict[str, int], hint: str = "") -> i
 
 def _channels(rule: Rule, given: dict[str, Tensor], letter: str, otherwise: int | None) -> int:
     """K or V, from the signals that must have them, or from elsewhere."""
-    space = {"K": "key", "V": "value"}[letter]
-    sizes = {n: x.shape[-1] for n, x in given.items() if rule.signals[n].role.spaces == (space,)}
+    axes = {n: rule.signals[n].axes() for n in given}
+    sizes = {n: x.shape[axes[n].index(letter) - len(axes[n])] for n, x in given.items() if letter in axes[n]}
     if sizes:
         return _common(rule, letter, sizes)
     if otherwise is None:
+        if not any(letter in s.axes() for s in (*rule.states.values(), *rule.signals.values())):
+            return 1  # nothing has such an axis
         raise SignalError(f"{rule.name}: no signal tells {letter}; pass state=, of shape (B, H, V, K)")
     return otherwise
 
 
 def _heads(rule: Rule, given: dict[str, Tensor], w: Tensor | None) -> int:
     counts = {n: x.shape[2] for n, x in given.items()}
-    if w is not None and not any(s.role.spaces == ("value",) for s in rule.signals.values()):
+    if w is not None and not any("V" in s.axes() for s in rule.signals.values()):
         counts["state"] = w.shape[1]
     most = max(counts, key=counts.__getitem__)
     H = counts[most]
@@ -158,7 +164,8 @@ def _heads(rule: Rule, given: dict[str, Tensor], w: Tensor | None) -> int:
 
 def _dtype_and_device(rule: Rule, given: dict[str, Tensor]) -> tuple[torch.dtype, torch.device]:
     """One device; one dtype, except that numbers and decays may be float32 beside 16-bit vectors."""
-    vectors = {n: x for n, x in given.items() if rule.signals[n].role.name.endswith(("Query", "Key", "Value"))} or given
+    patterns = {n for n in given if rule.signals[n].role.name.endswith(("Query", "Key", "Value")) and not rule.signals[n].role.slow}
+    vectors = {n: x for n, x in given.items() if n in patterns} or given
     lead = next((n for n in vectors if rule.signals[n].role.name == "Value"), next(iter(vectors)))
     dtype, device = given[lead].dtype, given[lead].device
     for n, x in given.items():

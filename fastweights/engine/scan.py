@@ -13,7 +13,7 @@ from ..language.program import Program
 from ..language.roles import ROLES
 from ..language.rule import FORMS, RULES, Rule
 from ..language.trace import Trace
-from . import cpu, lowered
+from . import cpu, lowered, sequential
 from .chunk import chunked
 from .inputs import Inputs, check, may_look, one_of, require_rule, whole_number
 from .parallel import parallel
@@ -64,7 +64,8 @@ def scan(
         state: W before the first token, (B, H, V, K); zero if not given. A tuple for a rule with several states.
         reset: bool (B, T): W returns to zero before these tokens (packed documents).
         form: ``recurrent``, ``parallel``, ``chunk`` or ``auto``. All give the same numbers, up to rounding.
-        backend: ``torch`` (any device), ``cpu`` (the compiled kernels, which run the chunk form) or ``auto``.
+        backend: ``torch`` (any device), ``cpu`` (compiled: the chunk form of affine rules, the recurrent form of any) or ``auto``.
+            ``form="recurrent"`` by itself runs the rule's body in torch, which is the reference.
         chunk_size: tokens a chunk, in the chunk form of torch.
         signals: by name, (B, T, H, ...); a signal may have fewer heads if their number divides H.
 
@@ -114,7 +115,9 @@ def _scan_in_graph(number: int, options: tuple[Any, ...], tensors: list[Tensor])
 
 
 def run(given: Inputs, chosen: Plan) -> Output:
-    if chosen.form == "recurrent":
+    if chosen.form == "recurrent" and chosen.backend == "cpu":
+        y, states = sequential.sequential(given.rule.trace_for(given.token_shapes()), given)
+    elif chosen.form == "recurrent":
         y, states = recurrent(given)
     else:
         program = given.rule.trace_for(given.token_shapes()).program
@@ -156,11 +159,10 @@ def choose(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Pl
         if form not in ("chunk", "auto"):
             raise SignalError(f"{rule.name}: chunk_size belongs to the chunk form, but form is {form!r}; leave one of them out")
     known = rule.trace_for(given.token_shapes())
-    if known.program is None:
-        if form in ("parallel", "chunk") or backend == "cpu":
-            asked = f"form {form!r}" if form in ("parallel", "chunk") else "backend 'cpu'"
-            raise FormError(f"{asked} is refused: {rule.explain(known)}\n  It runs in form 'recurrent' on backend 'torch'.")
-        return Plan("recurrent", "torch", None, _flops(given, known, 1), rule.explain(known))
+    if known.program is None and form in ("parallel", "chunk"):
+        raise FormError(f"form {form!r} is refused: {rule.explain(known)}\n  It runs in form 'recurrent'.")
+    if known.program is None or _idle(known.program) or (form == "recurrent" and backend == "cpu"):
+        return _recurrent_plan(given, known, form, backend)
     affine = f"the rule is affine in W ({known.program.kind})"
     refused = _kernels_refuse(given, known.program, form, chunk_size)
     if backend == "cpu" and refused:
@@ -170,6 +172,25 @@ def choose(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Pl
         why = f"{affine}: the compiled kernels ({cpu.library().isa}) run it chunk by chunk"
         return Plan("chunk", "cpu", size, _flops(given, known, size), why)
     return _torch_plan(given, known, form, chunk_size, affine, "" if backend == "torch" else refused)
+
+
+def _idle(program: Program) -> bool:
+    """Whether W stays as it is."""
+    return all(part is None for s in program.steps for part in (s.log_decay, s.factor, s.x, s.y, s.u, s.w))
+
+
+def _recurrent_plan(given: Inputs, known: Trace, form: str, backend: str) -> Plan:
+    """On the compiled machine where it may, token by token."""
+    why = given.rule.explain(known) if known.program is None else "nothing is ever written" if _idle(known.program) else "asked for"
+    refused = sequential.refusal(known, given)
+    if backend == "cpu" and refused:
+        raise FormError(f"backend 'cpu' is refused for rule {given.rule.name!r}: {refused}; leave backend='auto', or ask for 'torch'")
+    compiled = backend == "cpu" or (backend == "auto" and form == "auto" and not refused)
+    if compiled:
+        why += f"\n  The compiled machine ({cpu.library().isa}) runs it token by token."
+    elif backend != "torch" and form == "auto":
+        why += f"\n  Not on the compiled machine: {refused}."
+    return Plan("recurrent", "cpu" if compiled else "torch", None, _flops(given, known, 1), why)
 
 
 def _kernels_refuse(given: Inputs, program: Program, form: str, chunk_size: int | None) -> str:

@@ -15,29 +15,33 @@ from torch import Tensor
 
 from .errors import RuleError
 from .objective import Objective, gradient
-from .roles import ROLES, Key, Rate, Role, Signal, Value
+from .roles import ROLES, Key, Rate, Role, Signal, Value, several
 from .rule import Rule, named
 
 _RESERVED = {"rule", "state", "reset", "form", "backend", "chunk_size"}
 
 
-def _roles(fn: Callable[..., Any], name: str) -> dict[str, Role]:
-    """The roles of a body's arguments, W's included."""
+def _arguments(fn: Callable[..., Any], name: str) -> dict[str, Signal]:
+    """What a body's arguments are, W included."""
     try:
         parameters = list(inspect.signature(fn, eval_str=True).parameters.values())
     except NameError as error:
         raise RuleError(f"rule {name!r}: {error}; import the roles at the top of the file: from fastweights import Key, ...") from error
     if not parameters:
         raise RuleError(f"rule {name!r} has no arguments; the first is W, as in def {name}(W, k: Key, v: Value)")
-    roles = {parameters[0].name: ROLES["Matrix"]}
-    for p in parameters[1:]:
-        role = next((m for m in getattr(p.annotation, "__metadata__", ()) if isinstance(m, Role)), None)
+    first = parameters[0]
+    found = {} if first.annotation is not first.empty else {first.name: Signal(first.name, ROLES["Matrix"])}
+    for p in parameters[len(found) :]:
+        hints = getattr(p.annotation, "__metadata__", ())
+        role = next((m for m in hints if isinstance(m, Role)), None)
         if role is None or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty:
             raise RuleError(
                 f"argument {p.name!r} of rule {name!r} needs a role and no default, as in {p.name}: Key; the roles are {', '.join(ROLES)}"
             )
-        roles[p.name] = role
-    return roles
+        if not found and not role.state:
+            raise RuleError(f"argument {p.name!r} of rule {name!r} is the first, so the fast weights, but {role.name} is no state")
+        found[p.name] = Signal(p.name, role, next((m.sets for m in hints if isinstance(m, several)), None))
+    return found
 
 
 @overload
@@ -65,7 +69,7 @@ def rule(body: Callable[..., Any] | None = None, /, *, name: str = "", objective
 
 def rule_of(fn: Callable[..., Any], *, name: str = "", objective: Objective | None = None, cite: str = "") -> Rule:
     name = name or fn.__name__
-    given = {n: Signal(n, role) for n, role in _roles(fn, name).items()}
+    given = _arguments(fn, name)
     if reserved := sorted(_RESERVED & given.keys()):
         raise RuleError(f"rule {name!r}: {', '.join(reserved)} is an option of scan and cannot name a signal; choose another name")
     states = {n: s for n, s in given.items() if s.role.state}

@@ -218,7 +218,7 @@ class Rule:
         if n == 1:
             return self
         mine = self.arguments.signals
-        once = {name for name, s in mine.items() if s.role.log_decay or s.role.name.endswith("Query")}
+        once = {name for name, s in mine.items() if s.role.log_decay or s.role.slow or s.role.name.endswith("Query")}
         stacked = {name: s if name in once else replace(s, sets=n * (s.sets or 1)) for name, s in mine.items()}
 
         def part(name: str, x: Any, i: int) -> Any:

@@ -7,10 +7,29 @@ import difflib
 
 from ..language.errors import RuleError
 from ..language.rule import Rule
+from .coupled import cascade, eligibility, momentum, rls
 from .delta import comba, delta, erase, erase_write, gated_delta, generalised_delta, implicit_delta, preconditioned_delta, td
 from .hebb import bonus_hebb, decay, decayed_hebb, exp_gated_hebb, hebb, hebb_rate, normalised_hebb, stepped_hebb, write
+from .nonlinear import bcm, clip, cosine, huber, lp, softmax_delta, tanh, willshaw
 from .oja import gated_oja, oja
+from .recurrent import (
+    attend_to_the_past,
+    backpropamine,
+    delta_delta,
+    delta_lstm,
+    delta_mlp,
+    delta_rnn,
+    differentiable_plasticity,
+    fwm,
+    gated_fast_weights,
+    mpn,
+    rdn,
+    srwm,
+    srwm_delta,
+    srwm_fixed,
+)
 
+# affine in W: they run in every form
 CATALOGUE: tuple[Rule, ...] = (
     hebb, hebb_rate, decayed_hebb, stepped_hebb, normalised_hebb, exp_gated_hebb, bonus_hebb,
     delta, gated_delta, implicit_delta, erase_write, comba, generalised_delta, preconditioned_delta, td,
@@ -18,10 +37,19 @@ CATALOGUE: tuple[Rule, ...] = (
     decay, erase, write,
 )  # fmt: skip
 
+# with several matrices, not affine, or with a programmer that sees its past: they run token by token
+RECURRENT: tuple[Rule, ...] = (
+    momentum, eligibility, cascade, rls, bcm, clip, tanh, willshaw, huber, lp, cosine, softmax_delta, delta_rnn, delta_mlp, delta_delta,
+    delta_lstm, rdn, srwm, srwm_delta, srwm_fixed, attend_to_the_past, gated_fast_weights, fwm, differentiable_plasticity, backpropamine,
+    mpn,
+)  # fmt: skip
+
 __all__ = [
-    "CATALOGUE", "bonus_hebb", "comba", "decay", "decayed_hebb", "delta", "erase", "erase_write", "exp_gated_hebb",
-    "gated_delta", "gated_oja", "generalised_delta", "get", "hebb", "hebb_rate", "implicit_delta", "normalised_hebb",
-    "oja", "preconditioned_delta", "stepped_hebb", "td", "write",
+    "CATALOGUE", "RECURRENT", "attend_to_the_past", "backpropamine", "bcm", "bonus_hebb", "cascade", "clip", "comba", "cosine", "decay",
+    "decayed_hebb", "delta", "delta_delta", "delta_lstm", "delta_mlp", "delta_rnn", "differentiable_plasticity", "eligibility", "erase",
+    "erase_write", "exp_gated_hebb", "fwm", "gated_delta", "gated_fast_weights", "gated_oja", "generalised_delta", "get", "hebb",
+    "hebb_rate", "huber", "implicit_delta", "lp", "momentum", "mpn", "normalised_hebb", "oja", "preconditioned_delta", "rdn", "rls",
+    "softmax_delta", "srwm", "srwm_delta", "srwm_fixed", "stepped_hebb", "tanh", "td", "willshaw", "write",
 ]  # fmt: skip
 
 
@@ -42,7 +70,7 @@ def get(name: str) -> Rule:
 def _build(node: ast.expr) -> Rule:
     match node:
         case ast.Name(name):
-            known = {rule.name: rule for rule in CATALOGUE}
+            known = {rule.name: rule for rule in (*CATALOGUE, *RECURRENT)}
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -81,6 +81,31 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Lens:
+    """What the fast weights of a trained model do while it reads a text: one figure, and a line a layer.
+
+    Example: fastweights lens runs/gated_delta-text --text README.md --out lens.png
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The folder of a run, or of a model of bytes."""
+    text: str = ""
+    """A file, a folder or - for standard input; the default is the Python standard library's own source."""
+    out: Path = Path("lens.png")
+    """The figure: .png, .pdf or .svg."""
+    tokens: int = 4096
+    """How much of the text is read, from its beginning."""
+    window: int = 512
+    """How many tokens back ages and attention look."""
+    layer: int = 0
+    """Whose attention is drawn, counted among the layers with fast weights."""
+    head: int = 0
+    """Whose attention is drawn."""
+    rule: str = ""
+    """FILE.py:NAME of a rule of your own that the model was trained with; several with commas."""
+
+
+@dataclass(frozen=True)
 class Convert:
     """Make a model of this library of a checkpoint of flash-linear-attention (or Mamba-2 of transformers), or the other way round.
 
@@ -175,7 +200,7 @@ def _table(*columns: str) -> Table:
 def _rules(options: Rules, console: Console) -> int:
     from .language.rule import FORMS
     from .models import PRESETS, SYSTEMS
-    from .rules import CATALOGUE
+    from .rules import CATALOGUE, RECURRENT
     from .train.config import find_rule
 
     if options.name in SYSTEMS:
@@ -192,10 +217,10 @@ def _rules(options: Rules, console: Console) -> int:
         _say(console, markdown_table())
         return 0
     table = _table("rule", "the new W (and y, if it is not W q); what one step descends")
-    for rule in CATALOGUE:
-        forms = "all forms" if len(rule.forms) == len(FORMS) else ", ".join(rule.forms)
+    for rule in (*CATALOGUE, *RECURRENT):
+        forms = f"{rule.kind}; all forms" if len(rule.forms) == len(FORMS) else ", ".join(rule.forms)
         objective = f"; descends {rule.objective.equation}" if rule.objective else ""
-        about = f"[dim]{rule.kind}; {forms}{escape(objective)}[/dim]"
+        about = f"[dim]{escape(forms + objective)}[/dim]"
         table.add_row(f"[bold]{rule.name}[/bold]", f"{escape(rule.equation())}\n{about}")
     console.print(table)
     presets = _table("preset", "rule", "options of the layer; source")
@@ -208,9 +233,7 @@ def _rules(options: Rules, console: Console) -> int:
         systems.add_row(f"[bold]{name}[/bold]", f"{escape(system.equation)}\n{about}")
     console.print(systems)
     _say(console, "All forms: recurrent, parallel, chunk. Rules combine: r1 >> r2, r * n, r.T. About one: fastweights rules NAME")
-    _say(
-        console, "A preset is a published layer, a rule with its programmer; a system is more than that: fastweights train --rule NAME"
-    )
+    _say(console, "A preset is a published layer, a rule with its programmer; a system is more than that: fastweights train --rule NAME")
     return 0
 
 
@@ -319,6 +342,29 @@ def _generate(options: Generate, console: Console) -> int:
     return 0
 
 
+def _lens(options: Lens, console: Console) -> int:
+    from . import lens
+    from .models import load
+    from .tasks import read_text
+    from .train.config import layer_names
+
+    if options.tokens < 1:
+        raise FastWeightError(f"--tokens is {options.tokens}, expected at least 1")
+    model = load(options.run, layer_names(options.rule)[1] if options.rule else {})
+    with console.status("reading ..."):
+        seen = lens.look(model, read_text(options.text)[: options.tokens], window=options.window)
+        lens.plot(seen, options.out, layer=options.layer, head=options.head)
+    table = _table("layer", "|W| at the end", "kept", "error before", "after", "rank", "")
+    for i, (layer, name) in enumerate(zip(seen.layers, seen.names, strict=True)):
+        means = (seen.norms[i, :, -1], seen.kept[i], seen.errors.before[i], seen.errors.after[i], seen.ranks[i])
+        table.add_row(str(layer), *(f"{float(x.nanmean()):.3g}" for x in means), name)
+    console.print(table)
+    for note in seen.notes:
+        _say(console, note)
+    _say(console, f"{len(seen.ids):,} tokens: {options.out}")
+    return 0
+
+
 def _convert(options: Convert, console: Console) -> int:
     from .convert import convert
 
@@ -389,7 +435,7 @@ def _doctor(options: Doctor, console: Console) -> int:
 
 
 _RUN: dict[type, Any] = {
-    Rules: _rules, Check: _check, Train: _train, Generate: _generate, Convert: _convert, Reproduce: _reproduce, Bench: _bench,
+    Rules: _rules, Check: _check, Train: _train, Generate: _generate, Lens: _lens, Convert: _convert, Reproduce: _reproduce, Bench: _bench,
      Doctor: _doctor,
 }  # fmt: skip
 _VERBS: Any = Union[tuple(Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())] for verb in _RUN)]  # noqa: UP007

@@ -72,7 +72,8 @@ class Programmer(nn.Module):
     positive ones: the feature map if its features are positive, else elu + 1. Where a feature map makes more of d_key numbers,
     everything else in key space, and W, has that size, ``d_feature``.
     Values: projection, short convolution, silu (or ``values``: identity). Rates: a sigmoid, doubled with ``negative_eigenvalues``.
-    Gates: a sigmoid. Log decays: Mamba's softplus form, per head or per channel. Numbers and other vectors: projections.
+    Gates: a sigmoid. Log decays: Mamba's softplus form, per head or per channel. Numbers and other vectors: projections. What is slow
+    is a parameter.
 
     ``forward(x, conv, reset)``: x (B, T, d_model); returns the signals by name, (B, T, heads, ...), and the new convolution state.
     ``custom`` replaces how single signals are made: a module from x (B, T, d_model) to the signal.
@@ -114,7 +115,8 @@ class Programmer(nn.Module):
         self.custom = nn.ModuleDict(dict(custom or {}))
         if unknown := [n for n in self.custom if n not in rule.signals]:
             raise SignalError(f"{rule.name} has no signal {', '.join(map(repr, unknown))}; its signals are {', '.join(rule.signals)}")
-        made = {n: s for n, s in rule.signals.items() if n not in self.custom}
+        self.slow = nn.ParameterDict({n: self._weight(s) for n, s in rule.signals.items() if s.role.slow})
+        made = {n: s for n, s in rule.signals.items() if n not in self.custom and n not in self.slow}
         self.convolved = {n: s for n, s in made.items() if _is_pattern(s)}
         self.direct = {n: s for n, s in made.items() if not _is_pattern(s)}
         self.sizes = {n: math.prod(self._axes(n)) for n in (*self.convolved, *self.direct)}
@@ -131,6 +133,13 @@ class Programmer(nn.Module):
             name = self._map_name(n)
             if self._map_key(n) not in self.maps:
                 self.maps[self._map_key(n)] = make_map(name, d_key, self._heads(rule.signals[n]))
+
+    def _weight(self, s: Signal) -> nn.Parameter:
+        """A slow weight of each head: normal, so that a product with it keeps the size of what it is given."""
+        shape = (self.heads, *s.shapes(self.d_feature, self.d_value)[0])
+        if s.role.name == "SlowScalar":
+            return nn.Parameter(torch.full(shape, 0.5))
+        return nn.Parameter(torch.randn(shape) / math.sqrt(shape[-1]))
 
     def _map_name(self, signal: str) -> str:
         positive = self.rule.signals[signal].role.name.startswith("Positive")
@@ -166,6 +175,7 @@ class Programmer(nn.Module):
         raw |= dict(zip(self.direct, numbers.split([self.sizes[n] for n in self.direct], -1), strict=True))
         made = {n: self._make(n, z.unflatten(-1, self._axes(n)), done.get(n)) for n, z in raw.items()}
         made |= {n: self._own(n, module(x), patterns.dtype) for n, module in self.custom.items()}
+        made |= {n: p.to(patterns.dtype) for n, p in self.slow.items()}
         return {n: made[n] for n in self.rule.signals}, conv
 
     def _own(self, name: str, z: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,7 +224,7 @@ class Programmer(nn.Module):
 
 
 def _is_address(s: Signal) -> bool:
-    return s.role.name.endswith(("Key", "Query"))
+    return s.role.name.endswith(("Key", "Query")) and not s.role.slow
 
 
 def _is_pattern(s: Signal) -> bool:
@@ -223,4 +233,4 @@ def _is_pattern(s: Signal) -> bool:
 
 def is_gate_parameter(name: str) -> bool:
     """Parameters that must not decay to zero with the weights: those of the decays."""
-    return name.endswith(("A_log", "dt_bias"))
+    return name.endswith(("A_log", "A_imag", "dt_bias"))

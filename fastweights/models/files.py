@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..language.errors import FastWeightError
 from ..language.rule import Rule
-from .language_model import LanguageModel, ModelConfig
+from .language_model import LanguageModel
+from .sequence_model import SequenceModel
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -80,21 +81,22 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FastWeightError(f"{path} is not a safetensors file, or is cut off: {error}") from error
 
 
-def save(model: LanguageModel, path: str | Path) -> None:
+def save(model: LanguageModel | SequenceModel, path: str | Path) -> None:
     """Write ``config.json`` and ``model.safetensors`` into the folder ``path``."""
     folder = Path(path)
     save_tensors(folder / WEIGHTS, dict(model.state_dict()))
-    write_json(folder / CONFIG, model.config.to_json())
+    write_json(folder / CONFIG, model.to_json())
 
 
-def load(path: str | Path, rules: Mapping[str, Rule] | None = None) -> LanguageModel:
-    """Rebuild a model from a folder, or from the last checkpoint of a run.
+def load(path: str | Path, rules: Mapping[str, Rule] | None = None) -> Any:
+    """Rebuild a ``LanguageModel`` or ``SequenceModel`` from a folder, or from the last checkpoint of a run.
 
     ``rules`` gives rules that are not in the catalogue, by name. A stored model never executes code: it names its rules, and
     each is checked against a fingerprint of its mathematics.
     """
     folder = last_checkpoint(Path(path)) or Path(path)
-    model = LanguageModel(ModelConfig.from_json(read_json(folder / CONFIG)), rules)
+    config = read_json(folder / CONFIG)
+    model = (SequenceModel if config.get("model") == "SequenceModel" else LanguageModel).from_json(config, rules)
     tensors, _ = load_tensors(folder / WEIGHTS)
     mine = model.state_dict()
     wrong = sorted(set(mine) ^ set(tensors)) or sorted(n for n in mine if mine[n].shape != tensors[n].shape)

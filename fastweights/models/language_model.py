@@ -88,6 +88,13 @@ class LanguageModel(nn.Module):
         x, new = run_blocks(self.blocks, self.embed(ids), memory, reset)
         return self.logits(self.norm(x)), new
 
+    def to_json(self) -> dict[str, Any]:
+        return self.config.to_json()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], rules: Mapping[str, Rule] | None = None) -> LanguageModel:
+        return cls(ModelConfig.from_json(data), rules)
+
     def logits(self, x: Tensor) -> Tensor:
         """Of what the last norm made."""
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)

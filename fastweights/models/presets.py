@@ -55,9 +55,14 @@ def _bounded(place: Place, made: Mapping[str, Any]) -> decays.LowerBoundedDecay:
     return decays.LowerBoundedDecay(place.d_model, place.heads, place.d_key, place.index / max(place.depth, 1))
 
 
-_PLAIN = {"conv": 1, "feature_map": "identity", "norm": "none", "values": "identity"}
+_RAW = {"conv": 1, "feature_map": "identity", "norm": "none", "values": "identity"}  # what the rule itself passes through a softmax
 _NORMALISED = {"conv": 1, "values": "identity", "output_norm": False, "output_gate": False}
 _DELTA = {"conv": 4, "feature_map": "silu", "norm": "l2"}
+
+
+def _cite(rule: str) -> str:
+    return catalogue.get(rule).cite
+
 
 PRESETS: dict[str, Preset] = {
     "linear_transformer": Preset("normalised_hebb", "Katharopoulos et al. 2020, ICML", {**_NORMALISED, "feature_map": "elu1"}),
@@ -65,10 +70,10 @@ PRESETS: dict[str, Preset] = {
     "based": Preset("normalised_hebb", "Arora et al. 2024, ICML", {**_NORMALISED, "feature_map": "taylor2"}),
     "hedgehog": Preset("normalised_hebb", "Zhang et al. 2024, ICLR", {**_NORMALISED, "feature_map": "hedgehog"}),
     "retnet": Preset(
-        "decayed_hebb", "Sun et al. 2023", {**_PLAIN, "rotary": True}, {"g": lambda p, _: decays.retention(p.heads)}
+        "decayed_hebb", "Sun et al. 2023", {**_RAW, "rotary": True}, {"g": lambda p, _: decays.retention(p.heads)}
     ),
     "lightning": Preset(
-        "decayed_hebb", "Qin et al. 2024; MiniMax 2025", {**_PLAIN, "feature_map": "silu", "values": "silu", "gate": "sigmoid"},
+        "decayed_hebb", "Qin et al. 2024; MiniMax 2025", {**_RAW, "feature_map": "silu", "values": "silu", "gate": "sigmoid"},
         {"g": lambda p, _: decays.lightning(p.heads)},
     ),
     "mamba2": Preset(
@@ -80,14 +85,14 @@ PRESETS: dict[str, Preset] = {
         {"dt": lambda p, _: decays.StepSize(p.d_model, p.heads), "g": lambda _, made: decays.SteppedDecay(made["dt"])},
     ),
     "gla": Preset(
-        "decayed_hebb", "Yang et al. 2024, ICML", _PLAIN, {"g": lambda p, _: decays.LowRankDecay(p.d_model, p.heads, p.d_key)}
+        "decayed_hebb", "Yang et al. 2024, ICML", _RAW, {"g": lambda p, _: decays.LowRankDecay(p.d_model, p.heads, p.d_key)}
     ),
     "hgrn2": Preset(
-        "decayed_hebb", "Qin et al. 2024", {**_PLAIN, "feature_map": "silu", "output_norm": "all", "output_gate": False},
+        "decayed_hebb", "Qin et al. 2024", {**_RAW, "feature_map": "silu", "output_norm": "all", "output_gate": False},
         {"g": _bounded, "k": lambda _, made: Complement(made["g"])},
     ),
     "mlstm": Preset(
-        "exp_gated_hebb", "Beck et al. 2024, NeurIPS", {**_PLAIN, "gate": "sigmoid", "output_norm": "layer"},
+        "exp_gated_hebb", "Beck et al. 2024, NeurIPS", {**_RAW, "gate": "sigmoid", "output_norm": "layer"},
         {"i": lambda p, _: decays.CappedGate(p.d_model, p.heads), "g": lambda p, _: decays.ForgetGate(p.d_model, p.heads)},
     ),
     "fast_weight_delta": Preset(
@@ -105,6 +110,14 @@ PRESETS: dict[str, Preset] = {
     "gdn2": Preset("erase_write", "Gated DeltaNet-2, 2026", {**_DELTA, "decay": "channel"}),
     "comba": Preset("comba", "Hu et al. 2025", {**_DELTA, "decay": "head"}),
     "longhorn": Preset("implicit_delta", "Liu et al. 2024", {**_DELTA, "norm": "none"}),
+    "srwm": Preset("srwm", _cite("srwm"), {**_RAW, "output_gate": False}),
+    "srwm_delta": Preset("srwm_delta", _cite("srwm_delta"), {**_RAW, "output_gate": False}),
+    "srwm_fixed": Preset("srwm_fixed", _cite("srwm_fixed"), {**_RAW, "output_gate": False}),
+    "rdn": Preset("rdn", _cite("rdn"), {**_RAW, "output_gate": False}),
+    "delta_rnn": Preset("delta_rnn", _cite("delta_rnn"), {**_RAW, "feature_map": "softmax", "output_gate": False}),
+    "delta_lstm": Preset("delta_lstm", _cite("delta_lstm"), {**_RAW, "feature_map": "softmax", "output_gate": False}),
+    "delta_mlp": Preset("delta_mlp", _cite("delta_mlp"), {**_RAW, "feature_map": "softmax", "output_gate": False}),
+    "delta_delta": Preset("delta_delta", _cite("delta_delta"), {**_RAW, "output_gate": False}),
 }  # fmt: skip
 
 

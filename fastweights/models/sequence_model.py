@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +30,9 @@ class SequenceModel(nn.Module):
 
     def __init__(self, config: ModelConfig, *, d_in: int, d_out: int, rules: Mapping[str, Rule] | None = None, seed: int = 0) -> None:
         super().__init__()
-        self.config, self.d_in, self.d_out = config, d_in, d_out
-        found = resolve(config, rules or {})
+        self.d_in, self.d_out = d_in, d_out
+        self.rules = found = resolve(config, rules or {})
+        self.config = dataclasses.replace(config, fingerprints={n: r.fingerprint for n, r in found.items()})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.enter = nn.Linear(d_in, config.d_model)
@@ -43,3 +46,11 @@ class SequenceModel(nn.Module):
             raise SignalError(f"x is {tuple(x.shape)}, expected (B, T, d_in = {self.d_in})")
         x, new = run_blocks(self.blocks, self.enter(x), memory, reset)
         return self.leave(self.norm(x)), new
+
+    def to_json(self) -> dict[str, Any]:
+        return self.config.to_json() | {"model": "SequenceModel", "d_in": self.d_in, "d_out": self.d_out}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], rules: Mapping[str, Rule] | None = None) -> SequenceModel:
+        own = {n: x for n, x in data.items() if n not in ("d_in", "d_out")} | {"model": "LanguageModel"}
+        return cls(ModelConfig.from_json(own), d_in=data["d_in"], d_out=data["d_out"], rules=rules)

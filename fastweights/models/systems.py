@@ -13,9 +13,16 @@ from typing import Any
 from torch import nn
 
 from .. import rules
+from ..layers import decays
+from ..layers.baselines import SLSTM, RecurrentNetwork
+from ..layers.continuous import ContinuousLayer
 from ..layers.deep import DeepLayer, mlp, squared_error
 from ..layers.hybrid import HybridAttention
+from ..layers.least_squares import MesaLayer
+from ..layers.log_linear import LogLinear
 from ..layers.rwkv import RWKV6, RWKV7
+from ..layers.slots import ABC, GatedSlotAttention
+from ..layers.state_space import S4D, Mamba
 from .presets import Place
 
 
@@ -47,6 +54,30 @@ def _deep(p: Place, network: Callable[[int, int], nn.Module], **options: Any) ->
     return DeepLayer(network, p.d_model, heads=p.heads, d_key=p.d_key, d_value=p.d_value or p.d_key, **options)
 
 
+def _log_linear(p: Place) -> LogLinear:
+    step = decays.StepSize(p.d_model, p.heads)
+    return LogLinear(
+        p.d_model, heads=p.heads, d_key=p.d_key, d_value=p.d_value, rule=rules.stepped_hebb, key_heads=1, conv_bias=True, norm="none",
+        output_norm="all", gate_first=True, skip=True, custom={"dt": step, "g": decays.SteppedDecay(step)},
+    )  # fmt: skip
+
+
+def _slots(layer: Callable[..., nn.Module]) -> Callable[[Place], nn.Module]:
+    return lambda p: layer(p.d_model, heads=p.heads, slots=p.d_key, d_key=p.d_key, d_value=p.d_value)
+
+
+_FLOWS = {"hebb": "beta v k^T", "oja": "beta v (k - W^T v)^T", "delta": "beta (v - W k) k^T"}
+
+
+def _flow(kind: str, name: str) -> System:
+    rule = rules.hebb_rate if name == "hebb" else rules.get(name)
+    driven = "" if kind == "ode" else f", {'k' if name == 'delta' else 'v'} of dx/dt"
+    return System(
+        lambda p: ContinuousLayer(rule, p.d_model, kind=kind, heads=p.heads, d_key=p.d_key, d_value=p.d_value),
+        f"dW/dt = {_FLOWS[name]}{driven}", "Irie, Faccio and Schmidhuber 2022, NeurIPS", ALL_FORMS,
+    )  # fmt: skip
+
+
 SYSTEMS: dict[str, System] = {
     "hybrid_synchronous": _hybrid("synchronous", "at once"),
     "hybrid_delayed_stream": _hybrid("delayed_stream", "when it leaves the window"),
@@ -72,5 +103,32 @@ SYSTEMS: dict[str, System] = {
         lambda p: _deep(p, mlp, **_TITANS),
         "S_t = eta_t S_(t-1) - theta_t grad |f(k_t; W') - v_t|^2, W_t = a_t W_(t-1) + S_t, y = f(q; W_t), f(x) = W2 gelu(W1 x + b1) + b2",
         "Behrouz, Zhong and Mirrokni 2025 (Titans)", ("recurrent", "dual"),
+    ),
+    "mesanet": System(
+        lambda p: MesaLayer(p.d_model, heads=p.heads, d_key=p.d_key, d_value=p.d_value),
+        "y = G (H + diag(r))^-1 q, G = a G + beta v k^T, H = a H + beta k k^T: ridge regression on all that was seen",
+        "von Oswald et al. 2023, 2025 (MesaNet)", ("chunk", "conjugate gradient"),
+    ),
+    "log_linear": System(
+        _log_linear, "y = sum_l lambda_l W_l q, each W_l by stepped_hebb over its part of a Fenwick tree", "Guo et al. 2025", ALL_FORMS
+    ),
+    "abc": System(_slots(ABC), "K <- K + s k^T, V <- V + v s^T, y = V softmax(K q / sqrt dk)", "Peng et al. 2022", ("recurrent", "chunk")),
+    "gsa": System(
+        _slots(GatedSlotAttention), "K <- diag(a) K + (1 - a) k^T, V <- V diag(a) + v (1 - a)^T, y = V softmax(K q)", "Zhang et al. 2024",
+        ("recurrent", "chunk"),
+    ),
+    "s4d": System(lambda p: S4D(p.d_model), "h' = A h + u, y = Re C h + D u", "Gu et al. 2022", ("recurrent", "convolution")),
+    "mamba": System(
+        lambda p: Mamba(p.d_model), "W <- exp(dt_v A_vk) W_vk + (dt_v x_v) B_k, y = W C + D x", "Gu and Dao 2023", ("recurrent", "chunk")
+    ),
+    **{f"{kind}_{name}": _flow(kind, name) for kind in ("ode", "cde") for name in _FLOWS},
+    "rnn": System(lambda p: RecurrentNetwork(p.d_model, cell="rnn"), "h = tanh(W x + R h)", "Elman 1990"),
+    "gru": System(lambda p: RecurrentNetwork(p.d_model, cell="gru"), "h = z h + (1 - z) n", "Cho et al. 2014"),
+    "lstm": System(
+        lambda p: RecurrentNetwork(p.d_model, cell="lstm"), "c = f c + i tanh(z), h = o tanh(c)", "Hochreiter and Schmidhuber 1997"
+    ),
+    "slstm": System(
+        lambda p: SLSTM(p.d_model, heads=p.heads, depth=p.index / max(p.depth - 1, 1)),
+        "c = f c + i tanh(z), n = f n + i, h = o c / n, with an exponential i", "Beck et al. 2024",
     ),
 }  # fmt: skip

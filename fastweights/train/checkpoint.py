@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..language.errors import FastWeightError
-from ..models.blocks import resolve
 from ..models.files import last_checkpoint, load_tensors, read_json, save, save_tensors, write_atomically, write_json
-from ..models.language_model import LanguageModel, ModelConfig
+from ..models.language_model import LanguageModel
 
 _KEPT = 2
 
@@ -47,7 +46,7 @@ def load_checkpoint(run: Path, model: LanguageModel, optimiser: torch.optim.Opti
     folder = last_checkpoint(run)
     if folder is None:
         raise FastWeightError(f"{run} has no checkpoint to resume from; leave --resume out to start it")
-    resolve(ModelConfig.from_json(read_json(folder / "config.json")), model.rules)  # the rules are those it was trained with
+    type(model).from_json(read_json(folder / "config.json"), model.rules)  # the rules are those it was trained with
     weights, _ = load_tensors(folder / "model.safetensors")
     model.load_state_dict(weights)
     state, _ = load_tensors(folder / "training.safetensors")

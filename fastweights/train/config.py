@@ -16,7 +16,8 @@ from ..models.blocks import attention_window
 from ..models.language_model import ModelConfig
 from ..models.presets import rule_of
 from ..models.systems import SYSTEMS
-from ..tasks import Recall, Source, Text, read_text
+from ..tasks import Source, Text, VectorSource, read_text
+from ..tasks import task as task_named
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class TrainConfig:
 
     rule: str = "gated_delta"
     """A preset, a rule of the catalogue, FILE.py:NAME, softmax or window:N; a comma-separated list is one pattern of layers, repeated."""
-    task: Literal["text", "recall"] = "text"
-    """Predict the next byte of a text, or recall values by their keys."""
+    task: str = "text"
+    """text, to predict the next byte; or NAME[:option=value,...], a diagnostic task: recall, mqar, copying, parity, modular, words,
+    language, listops, code, retrieval, overwrite, icl-regression, fewshot, continual, timeseries, tmaze, bandit."""
     text: str = ""
     """A file, a folder or - for standard input; the default is the Python standard library's own source."""
     name: str = ""
@@ -51,8 +53,6 @@ class TrainConfig:
     """One decay a head, or one a key channel where the rule takes it."""
     negative_eigenvalues: bool = False
     """Rates up to 2, so that a write can reflect."""
-    pairs: int = 8
-    """Pairs a sequence of the recall task."""
     learning_rate: float = 3e-3
     """Of AdamW, after a warm-up; falls to a tenth along a cosine."""
     warmup: int = 50
@@ -70,12 +70,13 @@ class TrainConfig:
 
     def folder(self) -> Path:
         """Where the run lives."""
-        plain = "".join(c if c.isalnum() or c in "_.-" else "-" for c in Path(self.rule.split(":")[0]).stem + self.rule.partition(".py")[2])
-        return Path(self.runs) / (self.name or f"{plain}-{self.task}")
+        rule = Path(self.rule.split(":")[0]).stem + self.rule.partition(".py")[2]
+        plain = "".join(c if c.isalnum() or c in "_.-" else "-" for c in f"{rule}-{self.task}")
+        return Path(self.runs) / (self.name or plain)
 
     def check(self) -> None:
         """Numbers that make no sense are refused before anything is built."""
-        for name in ("steps", "batch", "length", "depth", "d_model", "heads", "pairs", "evaluate_every", "checkpoint_every"):
+        for name in ("steps", "batch", "length", "depth", "d_model", "heads", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise FastWeightError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "clip"):
@@ -83,15 +84,13 @@ class TrainConfig:
                 raise FastWeightError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a number above 0")
         if self.d_model % (2 * self.heads):
             raise FastWeightError(f"--d-model {self.d_model} is not a multiple of 2 * --heads = {2 * self.heads}")
-        if self.task == "recall" and self.pairs > 64:
-            raise FastWeightError(f"--pairs is {self.pairs}, but the task has 64 keys")
 
-    def source(self) -> Source:
+    def source(self) -> Source | VectorSource:
         """The data."""
-        return Recall(self.pairs) if self.task == "recall" else Text(read_text(self.text))
+        return Text(read_text(self.text)) if self.task == "text" else task_named(self.task)  # type: ignore[return-value]
 
-    def model(self, vocabulary: int) -> tuple[ModelConfig, dict[str, Rule]]:
-        """The model, and the rules that are not in the catalogue by their layer names."""
+    def model(self, vocabulary: int = 0) -> tuple[ModelConfig, dict[str, Rule]]:
+        """The model, and the rules that are not in the catalogue by their layer names; a model of vectors has no vocabulary."""
         pattern, own = layer_names(self.rule)
         layers = tuple(pattern[i % len(pattern)] for i in range(max(self.depth, len(pattern))))
         config = ModelConfig(

@@ -58,7 +58,7 @@ def test_it_learns_text(tmp_path, text):
 
 def test_it_learns_to_recall(tmp_path):
     options = {"steps": 400, "batch": 32, "depth": 2, "d_model": 64, "heads": 2, "evaluate_every": 1000, "checkpoint_every": 1000}
-    result = train(TrainConfig(task="recall", pairs=3, runs=str(tmp_path), learning_rate=0.005, rule="delta", **options), quiet())
+    result = train(TrainConfig(task="recall:pairs=3", runs=str(tmp_path), learning_rate=0.005, rule="delta", **options), quiet())
     assert result.accuracy > 0.5
 
 
@@ -95,7 +95,8 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, text):
         ({"steps": 0}, "--steps is 0"),
         ({"heads": 3}, "not a multiple"),
         ({"learning_rate": -1.0}, "--learning-rate"),
-        ({"task": "recall", "pairs": 65}, "64 keys"),
+        ({"task": "recall:pairs=65"}, "64 keys"),
+        ({"task": "recal"}, "did you mean 'recall'"),
         ({"text": "nowhere"}, "no text at 'nowhere'"),
         ({"length": 100_000}, "too few for windows"),
         ({"rule": "delt"}, "did you mean 'delta'"),

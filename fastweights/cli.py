@@ -81,6 +81,22 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Train several rules alike on one task, at several sizes: a table, and a figure of how well against how large.
+
+    Example: fastweights compare --task mqar --rules hebb gated_delta kda softmax --sizes 16 32 64
+    """
+
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    rules: tuple[str, ...] = ("hebb", "gated_delta", "softmax")
+    """Presets, systems or rules; with commas one pattern of layers."""
+    sizes: tuple[int, ...] = (32, 64)
+    """Of the residual stream."""
+    seeds: int = 1
+    """How many models of each."""
+
+
+@dataclass(frozen=True)
 class Lens:
     """What the fast weights of a trained model do while it reads a text: one figure, and a line a layer.
 
@@ -342,6 +358,30 @@ def _generate(options: Generate, console: Console) -> int:
     return 0
 
 
+def _compare(options: Compare, console: Console) -> int:
+    from .compare import compare, draw
+    from .experiments.report import as_csv
+    from .models.files import write_atomically
+    from .plots import save_figure
+
+    points = compare(options.train, options.rules, options.sizes, options.seeds, console)
+    table = _table("rule", "d_model", "seed", "parameters", "state", f"{points[0].measure} on {options.train.task}")
+    for p in points:
+        table.add_row(p.rule, str(p.d_model), str(p.seed), f"{p.parameters:,}", f"{p.state_bytes:,} B", f"{p.score:.3f}")
+    console.print(table)
+    folder = Path(options.train.runs) / f"compare-{options.train.task.partition(':')[0]}"
+    text = as_csv([p._asdict() for p in points])
+    write_atomically(folder / "table.csv", lambda p: _write(p, text))
+    for suffix in ("png", "pdf"):
+        save_figure(draw(points, options.train.task), folder / f"figure.{suffix}")
+    _say(console, f"{folder}/table.csv, {folder}/figure.png")
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def _lens(options: Lens, console: Console) -> int:
     from . import lens
     from .models import load
@@ -435,7 +475,7 @@ def _doctor(options: Doctor, console: Console) -> int:
 
 
 _RUN: dict[type, Any] = {
-    Rules: _rules, Check: _check, Train: _train, Generate: _generate, Lens: _lens, Convert: _convert, Reproduce: _reproduce, Bench: _bench,
-     Doctor: _doctor,
+    Rules: _rules, Check: _check, Train: _train, Generate: _generate, Compare: _compare, Lens: _lens, Convert: _convert,
+    Reproduce: _reproduce, Bench: _bench, Doctor: _doctor,
 }  # fmt: skip
 _VERBS: Any = Union[tuple(Annotated[verb, tyro.conf.subcommand(verb.__name__.lower())] for verb in _RUN)]  # noqa: UP007

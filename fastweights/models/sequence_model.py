@@ -47,6 +47,10 @@ class SequenceModel(nn.Module):
         x, new = run_blocks(self.blocks, self.enter(x), memory, reset)
         return self.leave(self.norm(x)), new
 
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of memory for one sequence of that many tokens."""
+        return sum(block.layer.state_bytes(tokens) for block in self.blocks)  # type: ignore[operator, union-attr]
+
     def to_json(self) -> dict[str, Any]:
         return self.config.to_json() | {"model": "SequenceModel", "d_in": self.d_in, "d_out": self.d_out}
 

@@ -278,7 +278,7 @@ def _one_rule(rule: Any, console: Console) -> None:
     for name, s in list(rule.states.items())[1:]:
         table.add_row(name, str(s.role), "carried from token to token")
     console.print(table)
-    form = str(rule.program) if len(rule.forms) > 1 else rule.explain()
+    form = rule.explain() if rule.trace.program is None else str(rule.program)
     facts = {
         "forms": ", ".join(rule.forms), "normal form": form, "latex": rule.latex(),
         "objective": rule.objective.equation if rule.objective else "", "source": rule.cite,

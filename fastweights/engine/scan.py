@@ -15,12 +15,14 @@ from ..language.rule import FORMS, RULES, Rule
 from ..language.trace import Trace
 from . import cpu, lowered, sequential
 from .chunk import chunked
+from .coupled import coupled
 from .inputs import Inputs, check, may_look, one_of, require_rule, whole_number
 from .parallel import parallel
 from .prepared import prepared
 from .recurrent import recurrent
 
 BACKENDS = ("torch", "cpu")
+_COUPLED_CHUNK = 32  # tokens
 
 
 class Output(NamedTuple):
@@ -119,6 +121,8 @@ def run(given: Inputs, chosen: Plan) -> Output:
         y, states = sequential.sequential(given.rule.trace_for(given.token_shapes()), given)
     elif chosen.form == "recurrent":
         y, states = recurrent(given)
+    elif (joined := given.rule.trace_for(given.token_shapes()).coupled) is not None:
+        y, states = coupled(joined, given.rule.trace_for(given.token_shapes()).leaves, given, chosen.chunk_size or 1)
     else:
         program = given.rule.trace_for(given.token_shapes()).program
         assert program is not None
@@ -159,6 +163,8 @@ def choose(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Pl
         if form not in ("chunk", "auto"):
             raise SignalError(f"{rule.name}: chunk_size belongs to the chunk form, but form is {form!r}; leave one of them out")
     known = rule.trace_for(given.token_shapes())
+    if known.coupled is not None and (form == "chunk" or chunk_size is not None or (form == "auto" and backend == "torch")):
+        return _coupled_plan(given, known, backend, chunk_size)
     if known.program is None and form in ("parallel", "chunk"):
         raise FormError(f"form {form!r} is refused: {rule.explain(known)}\n  It runs in form 'recurrent'.")
     if known.program is None or _idle(known.program) or (form == "recurrent" and backend == "cpu"):
@@ -172,6 +178,14 @@ def choose(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Pl
         why = f"{affine}: the compiled kernels ({cpu.library().isa}) run it chunk by chunk"
         return Plan("chunk", "cpu", size, _flops(given, known, size), why)
     return _torch_plan(given, known, form, chunk_size, affine, "" if backend == "torch" else refused)
+
+
+def _coupled_plan(given: Inputs, known: Trace, backend: str, chunk_size: int | None) -> Plan:
+    """Several matrices that are affine together, chunk by chunk in torch."""
+    if backend == "cpu":
+        raise FormError(f"backend 'cpu' runs {given.rule.name!r} in form 'recurrent', and a chunk was asked for; leave one of them out")
+    size = min(chunk_size or _COUPLED_CHUNK, max(given.T, 1))
+    return Plan("chunk", "torch", size, _flops(given, known, size), "its matrices are affine together: linear in T, chunk by chunk")
 
 
 def _idle(program: Program) -> bool:

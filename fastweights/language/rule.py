@@ -97,7 +97,9 @@ class Rule:
     @property
     def forms(self) -> tuple[str, ...]:
         """The forms in which the rule can run over time."""
-        return FORMS if self.trace.program is not None else FORMS[:1]
+        if self.trace.program is None:
+            return (FORMS[0], FORMS[2]) if self.trace.coupled is not None else FORMS[:1]
+        return FORMS
 
     @property
     def kind(self) -> str:

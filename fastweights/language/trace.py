@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .chain import Chain, Lin, is_one, plus, since, times
+from .couple import Coupled, NotCoupled, couple
 from .errors import RuleError
 from .expr import DataDependent, Expr, Tape, Where, is_outside, ordered
 from .lower import Lowering, NotAffine, constant
@@ -37,6 +38,7 @@ class Trace:
     program: Program | None
     reason: str = ""
     where: Where | None = None
+    coupled: Coupled | None = None  # where several matrices are affine together
 
     @property
     def lasting(self) -> bool:
@@ -73,12 +75,20 @@ def _trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:
         return Trace(leaves, states, output, _lower(rule, leaves, states, output, rows=False))
     except NotAffine as on_columns:
         if not on_columns.side:
-            return Trace(leaves, states, output, None, on_columns.why, on_columns.where)
+            found = _coupled(rule, leaves, states, output)
+            return Trace(leaves, states, output, None, on_columns.why, on_columns.where, found)
         try:
             return Trace(leaves, states, output, _lower(rule, leaves, states, output, rows=True))
         except NotAffine as on_rows:
             why = f"{on_columns.why} ({on_columns.where}) and also on its columns" if on_rows.side else on_rows.why
             return Trace(leaves, states, output, None, why, on_rows.where)
+
+
+def _coupled(rule: Rule, leaves: dict[str, Expr], states: tuple[Expr, ...], output: Expr | None) -> Coupled | None:
+    try:
+        return None if output is not None else couple([leaves[n] for n in rule.states], states, leaves["q"])
+    except NotCoupled:
+        return None
 
 
 def line_of(error: Exception) -> Where | str:

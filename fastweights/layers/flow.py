@@ -116,7 +116,7 @@ def driver(rule: Rule) -> str | None:
 
 def run_steps(rule: Rule, W: Tensor | None, signals: dict[str, Tensor], reset: Tensor | None, *, save_memory: bool) -> Output:
     """``scan`` of a Runge-Kutta step; to ``save_memory``, about sqrt(T) blocks of tokens are run again for the gradient."""
-    many = len(rule.forms) > 1 and rule.program.n > 8 and rule.program.erase != "none"
+    many = rule.trace.program is not None and rule.program.n > 8 and rule.program.erase != "none"
     form = "recurrent" if many else "auto"  # what chunks save is lost where one token erases many times
     T = signals["step"].shape[1]
     if not save_memory or T == 0:

@@ -42,7 +42,7 @@ def trajectory(rule: Rule, signals: Mapping[str, Tensor], state: Any = None) -> 
     """
     given = check(rule, signals, state)
     start = at = given.states
-    size = max(math.isqrt(given.T), 1) if len(rule.forms) > 1 else max(given.T, 1)
+    size = max(math.isqrt(given.T), 1) if rule.trace.program is not None else max(given.T, 1)
     whole = given.T - given.T % size
     starts, after = [], []
     for i in range(0, whole, size):
@@ -91,7 +91,7 @@ def kept(rule: Rule, signals: Mapping[str, Tensor], states: Trajectory) -> Tenso
     """
     W, *others = (s.flatten(0, 1) for s in states.before)
     shape = states.before[0].shape[:3]
-    if len(rule.forms) == 1 or not W.numel():
+    if rule.trace.program is None or not W.numel():
         return W.new_full(shape, math.nan)
     written, *_ = _states(step(rule, (torch.zeros_like(W), *others), **{n: x.flatten(0, 1) for n, x in signals.items()}).state)
     old = size(W)

@@ -305,6 +305,50 @@ def test_results_do_not_depend_on_threads_or_on_the_batch():
     assert all(torch.equal(a, b[4:5]) for a, b in zip(some, whole, strict=True))
 
 
+# ---- matrices that are affine together ---------------------------------------------------------------------------------------------------
+
+
+@fw.rule
+def two_momenta(W, M: fw.Matrix, N: fw.Matrix, k: fw.Key, v: fw.Value, beta: fw.Rate, mu: fw.Gate, nu: fw.Gate):
+    error = (W + 0.3 * N) @ k - v / 2
+    M = mu * M + fw.outer(error, k)
+    N = nu * N - (M - W) * beta
+    return 0.9 * W - beta * (M + N) / 2, M, N
+
+
+JOINT = [R.momentum, R.eligibility, two_momenta]
+
+
+@pytest.mark.parametrize("rule", JOINT, ids=name)
+def test_matrices_that_are_affine_together_have_a_chunk_form(rule):
+    assert rule.forms == ("recurrent", "chunk")
+    signals = example(rule, 2, 23, 2, 5, 4)
+    draw = torch.Generator().manual_seed(1)
+    states = tuple(torch.randn(2, 2, 4, 5, generator=draw, dtype=torch.float64) for _ in rule.states)
+    reset = torch.zeros(2, 23, dtype=torch.bool)
+    reset[0, [3, 9]] = reset[1, 0] = True
+    shared = {n: x[:, :, :1] if n in ("k", "beta") else x for n, x in signals.items()}
+    strong = {n: torch.full_like(x, -50.0) if n == "g" else x for n, x in signals.items()}
+    for given in (signals, shared, strong):
+        for marks in (None, reset):
+            want = run(rule, given, states, form="recurrent", backend="torch", reset=marks)
+            for size in (1, 7, 16, 40):
+                found = run(rule, given, states, form="chunk", chunk_size=size, reset=marks)
+                assert all(distance(a, b) < 1e-10 for a, b in zip(found, want, strict=True))
+    assert fw.check(rule).passed
+    assert fw.plan(rule, **signals, form="chunk").form == "chunk"
+    empty = {n: x[:, :0] for n, x in signals.items()}
+    assert run(rule, empty, states, form="chunk")[0].shape[1] == 0
+    with pytest.raises(fw.FormError, match="parallel"):
+        run(rule, signals, states, form="parallel")
+
+
+def test_what_is_not_affine_together_has_none():
+    """Each weight of a cascade relaxes by itself but its chain is a stack; BCM squares; P of least squares multiplies itself."""
+    for rule in (R.cascade, R.bcm, R.rls, R.delta_rnn, R.srwm):
+        assert rule.forms == ("recurrent",)
+
+
 # ---- least squares -----------------------------------------------------------------------------------------------------------------------
 
 

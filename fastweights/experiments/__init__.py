@@ -11,7 +11,33 @@ from .experiment import EXPERIMENTS, Experiment, Finding, Result, Setting, exper
 # in the order in which they are shown
 MODULES: tuple[str, ...] = (
     "fastweights.experiments.capacity",
-)  # fmt: skip
+    "fastweights.experiments.retrieval",
+    "fastweights.experiments.overwrite",
+    "fastweights.experiments.parity",
+    "fastweights.experiments.word_problems",
+    "fastweights.experiments.icl_regression",
+    "fastweights.experiments.charlm",
+    "fastweights.experiments.painter",
+    "fastweights.experiments.scaling",
+    "fastweights.neuro.figures.rescorla_wagner",
+    "fastweights.neuro.figures.blocking",
+    "fastweights.neuro.figures.cue_competition",
+    "fastweights.neuro.figures.oja",
+    "fastweights.neuro.figures.hopfield",
+    "fastweights.neuro.figures.willshaw",
+    "fastweights.neuro.figures.palimpsest",
+    "fastweights.neuro.figures.benna_fusi",
+    "fastweights.neuro.figures.stdp",
+    "fastweights.neuro.figures.short_term_plasticity",
+    "fastweights.neuro.figures.working_memory",
+    "fastweights.neuro.figures.three_factor",
+    "fastweights.neuro.figures.btsp",
+    "fastweights.neuro.figures.dendritic_error",
+    "fastweights.neuro.figures.successor_representation",
+    "fastweights.neuro.figures.key_value_memory",
+    "fastweights.neuro.figures.astrocyte",
+    "fastweights.neuro.figures.plastic_networks",
+)
 
 
 def experiments() -> dict[str, Experiment]:

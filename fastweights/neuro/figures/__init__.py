@@ -1,0 +1,1 @@
+"""The classical figures of synaptic plasticity, one experiment a file: measured points over the analytic curve."""

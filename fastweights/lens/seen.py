@@ -14,6 +14,7 @@ from ..language.errors import FastWeightError, FormError
 from ..layers.attention import rotate
 from ..layers.layer import FastWeightLayer
 from ..models.language_model import LanguageModel
+from ..models.systems import SYSTEMS
 from .measure import Recall, attention_of, effective_rank, kept, mean_age, retrieval_error, size, trajectory
 
 _NUMBERS_A_PIECE = 2**22
@@ -113,7 +114,7 @@ def look(
 
     The text is read ``chunk`` tokens at a time with the state carried, so that memory does not grow with it but by the results, a few
     numbers a token and head. What is found does not depend on ``chunk``, up to rounding. Layers without fast weights of their own
-    (softmax attention, systems) are skipped, with a note.
+    (softmax attention, systems, rules that are not affine in W) are skipped, with a note.
 
     Args:
         ids: tokens (T,), at least one; or a text, for a model of bytes.
@@ -132,7 +133,9 @@ def look(
     """
     ids = _tokens(model, ids)
     T = len(ids)
-    layers = {i: b.layer for i, b in enumerate(model.blocks) if isinstance(b.layer, FastWeightLayer)}
+    layers = {
+        i: b.layer for i, b in enumerate(model.blocks) if isinstance(b.layer, FastWeightLayer) and b.layer.rule.trace.program is not None
+    }
     names = model.config.layers
     notes = tuple(f"layer {i}, {names[i]}, is skipped: {_why(names[i])}" for i in range(len(names)) if i not in layers)
     if not layers:
@@ -171,7 +174,9 @@ def _tokens(model: LanguageModel, ids: Tensor | Sequence[int] | str | bytes) -> 
 
 
 def _why(name: str) -> str:
-    return "attention has no fast weights" if name == "softmax" or name.startswith("window:") else "a system is more than a rule"
+    if name == "softmax" or name.startswith("window:"):
+        return "attention has no fast weights"
+    return "a system is more than a rule" if name in SYSTEMS else "its rule is not affine in W"
 
 
 def _tokens_a_piece(layer: FastWeightLayer, window: int) -> int:

@@ -108,14 +108,6 @@ def bounded_btsp(up: Gain, down: Gain) -> Rule:
     return body
 
 
-@rule(cite="Barto, Sutton and Anderson 1983; Williams 1992; Fremaux and Gerstner 2016, Front. Neural Circuits 9")
-def three_factor(W, E: Matrix, k: Key, v: Value, r: Scalar, g: LogDecay):
-    """Three factors: pre and post leave an eligibility E at their synapse, which decays, and a reward or neuromodulator r turns what is
-    left of it into weight. E is read after the step's own write: a reward in the same step has the whole credit."""
-    E = g.exp() * E + outer(v, k)
-    return W + r * E, E
-
-
 @rule(cite="Izhikevich 2007, Cerebral Cortex 17; Florian 2007, Neural Computation 19")
 def rewarded_stdp(
     W, E: Matrix, x: KeyState, z: ValueState, k: Key, v: Value, r: Scalar, a_plus: Rate, a_minus: Rate,

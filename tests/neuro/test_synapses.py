@@ -19,13 +19,13 @@ from fastweights.neuro.synapses import (
     rewarded_stdp,
     short_term,
     stdp,
-    three_factor,
 )
+from fastweights.rules import eligibility
 
 DT, TAU_PRE, TAU_POST, A_PLUS, A_MINUS = 0.001, 0.017, 0.034, 0.7, 0.3
 K, V = 4, 3
 BOUNDED = bounded_btsp(Gain(0.4, 10.0), Gain(0.1, 20.0))
-RULES = (stdp, nearest_stdp, short_term, btsp, BOUNDED, three_factor, rewarded_stdp, dendritic_error)
+RULES = (stdp, nearest_stdp, short_term, btsp, BOUNDED, eligibility, rewarded_stdp, dendritic_error)
 
 
 def spikes(length, channels, seed, rate=0.15):
@@ -63,7 +63,7 @@ def test_forms_and_gradients_agree(rule):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_mechanisms_of_one_matrix_have_every_form(rule):
-    assert (rule.forms == ("recurrent",)) == (rule in (three_factor, rewarded_stdp))
+    assert ("parallel" not in rule.forms) == (rule in (eligibility, rewarded_stdp))
     assert rule.doc
     assert rule.cite
     assert rule.latex()
@@ -228,7 +228,7 @@ def test_eligibility_backwards_in_time_is_credit(length):
     for t in reversed(range(length)):
         ahead = float(r[0, t, 0]) + (math.exp(float(g[0, t + 1, 0])) * ahead if t + 1 < length else 0.0)
         credit[0, t, 0] = ahead
-    W, _ = fw.scan(three_factor, q=k, k=k, v=v, r=r, g=g).state
+    W, _ = fw.scan(eligibility, q=k, k=k, v=v, r=r, g=g).state
     assert torch.allclose(W, fw.scan(fw.rules.hebb_rate, q=k, k=k, v=v, beta=credit).state, rtol=0, atol=1e-10)
 
 

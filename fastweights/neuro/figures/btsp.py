@@ -31,7 +31,7 @@ _START = 0.25  # of the largest weight
     section="neuroscience",
     claim="A plateau writes what was active seconds before and after: one makes a place field, wider with speed; another moves it",
     cite="Bittner et al. 2017, Science 357; Milstein et al. 2021, eLife 10:e73046",
-    quick=1, default=2, full=5,
+    quick=1, default=1, full=2,
 )  # fmt: skip
 def btsp(setting: Setting) -> Result:
     """An animal runs along a track; inputs are active at their places; the neuron has a plateau potential at one place, once.

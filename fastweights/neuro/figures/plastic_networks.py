@@ -1,14 +1,14 @@
 """Networks with plastic connections, trained by gradient descent through their plasticity: completing patterns and delayed matching.
 
-The cells here are as small as the figure allows, one rule each: H (or M) is the fast weight matrix, and the slow weights are states that
-the rule passes on. They are not meant as layers.
+The cells that the catalogue does not have are as small as the figure allows, one rule each, and not meant as layers: H is the fast weight
+matrix, slow weights are signals that are the same at all tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ...engine.scan import scan
 from ...engine.step import step
 from ...experiments.experiment import Finding, Result, Setting, experiment
 from ...language.decorator import outer, rule
-from ...language.roles import Gate, Key, LogDecay, Matrix, Rate, Scalar, ValueState, ValueVector
+from ...language.roles import Gate, Key, SlowMatrix, SlowScalar, SlowValue, ValueVector
 from ...language.rule import Rule
 from ...plots import COLOURS, figure
 from ..curves import EXACT, Curve, rows
@@ -30,35 +30,28 @@ _RECALL = 4  # steps
 _BITS, _HIDDEN = 12, 24  # of a stimulus to be matched; neurons
 
 
-@rule(cite="Miconi, Clune and Stanley 2018, ICML (differentiable plasticity)")
-def plastic(H, w: Matrix, alpha: Matrix, x: Key, c: ValueVector, eta: Gate):
+@rule(cite="Miconi, Stanley and Clune 2018, ICML (differentiable plasticity)")
+def plastic(H, k: Key, c: ValueVector, w: SlowMatrix, alpha: SlowMatrix, eta: Gate):
     """Slow weights w and a plastic part alpha * H, which Hebb's rule moves; neurons with an input c of +1 or -1 are held there."""
-    y = torch.where(c == 0, torch.tanh((w + alpha * H) @ x), c)
-    return (1 - eta) * H + eta * outer(y, x), w, alpha, y
+    y = torch.where(c == 0, torch.tanh((w + alpha * H) @ k), c)
+    return (1 - eta) * H + eta * outer(y, k), y
 
 
-@rule(cite="Miconi et al. 2019, ICLR (Backpropamine)")
-def backpropamine(H, w: Matrix, alpha: Matrix, u: ValueState, x: Key, b: Scalar):
-    """Differentiable plasticity whose rate the network sets itself, by a neuromodulator m that it emits; H is bounded."""
-    y = torch.tanh((w + alpha * H) @ x)
+@rule(cite="Miconi, Rawal, Clune and Stanley 2019, ICLR (Backpropamine)")
+def modulated(H, k: Key, w: SlowMatrix, alpha: SlowMatrix, u: SlowValue, b: SlowScalar):
+    """The same, at a rate that the network sets itself by a neuromodulator m that it emits; H is bounded."""
+    y = torch.tanh((w + alpha * H) @ k)
     m = torch.tanh(u @ y + b)
-    return torch.clamp(H + m * outer(y, x), -1, 1), w, alpha, u, y
-
-
-@rule(cite="Aitken and Mihalas 2023, eLife 12:e83035 (multi-plasticity network)")
-def mpn(M, w: Matrix, x: Key, eta: Rate, g: LogDecay):
-    """Slow weights w, multiplied by 1 + M; M decays, and is written by Hebb's rule."""
-    y = torch.tanh((w * (1 + M)) @ x)
-    return g.exp() * M + eta * outer(y, x), w, y
+    return torch.clamp(H + m * outer(y, k), -1, 1), y
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A rule, the standard deviations at which its slow states start, and how its numbers come from trained ones (start, map)."""
+    """A rule, the standard deviations at which its slow weights start, and how its numbers come from trained ones (start, map)."""
 
     rule: Rule
     slow: Mapping[str, float]
-    numbers: Mapping[str, tuple[float, Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[float, Callable[[Tensor], Tensor]]]
 
 
 def _same(x: Tensor) -> Tensor:
@@ -67,28 +60,29 @@ def _same(x: Tensor) -> Tensor:
 
 # what is trained to match; without plasticity the rate is zero
 CELLS: Mapping[str, Cell] = {
-    "MPN, w (1 + M)": Cell(mpn, {"w": 0.3}, {"eta": (0.1, _same), "g": (3.0, F.logsigmoid)}),
+    "MPN, w (1 + M)": Cell(rules.mpn, {"W_0": 0.3, "b": 0.0}, {"eta": (0.1, _same), "g": (3.0, F.logsigmoid)}),
     "plastic, w + α H": Cell(plastic, {"w": 0.3, "alpha": 0.1}, {"eta": (-1.0, torch.sigmoid)}),
-    "Backpropamine": Cell(backpropamine, {"w": 0.3, "alpha": 0.1, "u": 0.1}, {"b": (0.1, _same)}),
-    "no plasticity": Cell(mpn, {"w": 0.3}, {"eta": (0.0, torch.zeros_like), "g": (3.0, F.logsigmoid)}),
+    "Backpropamine": Cell(modulated, {"w": 0.3, "alpha": 0.1, "u": 0.1}, {"b": (0.1, _same)}),
+    "no plasticity": Cell(rules.mpn, {"W_0": 0.3, "b": 0.0}, {"eta": (0.0, torch.zeros_like), "g": (3.0, F.logsigmoid)}),
 }
 
 
 @experiment(
     section="neuroscience",
     claim="Networks trained through their own plasticity complete patterns and match over a delay; without plasticity they are at chance",
-    cite="Miconi, Clune and Stanley 2018; Miconi et al. 2019; Aitken and Mihalas 2023",
-    quick=15, default=60, full=300,
+    cite="Miconi, Stanley and Clune 2018; Miconi et al. 2019; Aitken and Mihalas 2023",
+    quick=12, default=32, full=140,
 )  # fmt: skip
 def plastic_networks(setting: Setting) -> Result:
     """New random patterns in every episode, so that nothing about them can be in the slow weights.
 
-    The cells: ``plastic`` y = tanh((w + alpha * H) x), H <- (1 - eta) H + eta y x^T; ``backpropamine`` the same with H <- clip(H +
-    m y x^T), m = tanh(u y + b); ``mpn`` y = tanh(w * (1 + M) x), M <- exp(g) M + eta y x^T (* is elementwise). Presynaptic activity k is
-    the input x, the postsynaptic v is y itself, which W = H or M has made, so that none is affine and all run as recurrences; beta is eta,
-    or the neuromodulator m; g is log(1 - eta) or g; no eligibility and no heterosynaptic term. Where y is held by its input, H is that of
-    ``decayed_hebb`` with v = eta y. Convention: y is read with the H from *before* the update of the step. The cells are the figure's own,
-    as small as it allows; the unit of time is the step.
+    The cells: ``plastic`` y = tanh((w + alpha * H) k), H <- (1 - eta) H + eta y k^T; ``modulated`` (Backpropamine) the same with
+    H <- clip(H + m y k^T), m = tanh(u y + b); ``mpn`` of the catalogue y = tanh(W_0 * (1 + M) k + b), M <- exp(g) M + eta y k^T (* is
+    elementwise). Presynaptic activity is k, the postsynaptic v is y itself, which H or M has made, so that none is affine and all run as
+    recurrences; beta is eta, or the neuromodulator m; the log decay is log(1 - eta) or g; no eligibility and no heterosynaptic term. Where
+    y is held by its input, H is that of ``decayed_hebb`` with v = eta y. Convention: y is read with the H from *before* the update of the
+    step. ``plastic`` and ``modulated`` are the figure's own, as small as it allows: the catalogue's ``differentiable_plasticity`` and
+    ``backpropamine`` have recurrent connections. The unit of time is the step.
 
     Completion: P patterns of 64 bits, each shown once, then half of one of them, from which the network runs for 4 steps with the known
     half held. Left: plain Hebb (``hebb``, one step, nothing trained) gets a bit wrong when P - 1 other patterns of 32 known bits, fair
@@ -163,9 +157,9 @@ def _held() -> float:
     """The largest difference between H of ``plastic`` whose neurons are all held and of ``decayed_hebb``."""
     draw = torch.Generator().manual_seed(0)
     x, y = (_patterns(2, 7, 1, 5, draw=draw, dtype=torch.float64) for _ in range(2))
-    slow = [torch.randn(2, 1, 5, 5, generator=draw, dtype=torch.float64) for _ in range(2)]
+    w, alpha = (torch.randn(1, 5, 5, generator=draw, dtype=torch.float64) for _ in range(2))
     eta = torch.rand(2, 7, 1, generator=draw, dtype=torch.float64)
-    H, *_ = scan(plastic, state=(torch.zeros_like(slow[0]), *slow), x=x, c=y, eta=eta).state
+    H = scan(plastic, k=x, c=y, w=w, alpha=alpha, eta=eta).state
     other = scan(rules.decayed_hebb, q=x, k=x, v=eta[..., None] * y, g=torch.log1p(-eta)).state
     return float((H - other).abs().max())
 
@@ -199,14 +193,13 @@ def _completion(setting: Setting, can_learn: bool) -> list[tuple[int, list[float
 def _complete(xi: Tensor, w: Tensor, alpha: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
     """The pattern that is asked for and what the network makes of its half, (B, heads, neurons), for patterns (B, P, heads, neurons)."""
     batch, P, heads, n = xi.shape
-    slow = [m.expand(batch, heads, n, n) for m in (w, alpha)]
-    rate = torch.sigmoid(eta).expand(batch, heads)
-    state = scan(plastic, state=(xi.new_zeros(batch, heads, n, n), *slow), x=xi, c=xi, eta=rate[:, None].expand(batch, P, heads)).state
+    slow, rate = {"w": w, "alpha": alpha}, torch.sigmoid(eta).expand(batch, heads)
+    state = scan(plastic, k=xi, c=xi, eta=rate[:, None].expand(batch, P, heads), **slow).state
     wanted = xi[torch.arange(batch), torch.arange(batch) % P]
     half = torch.cat([wanted[..., : n // 2], torch.zeros_like(wanted[..., n // 2 :])], -1)
     y = half
     for _ in range(_RECALL):
-        y, state = step(plastic, state, x=y, c=half, eta=rate)
+        y, state = step(plastic, state, k=y, c=half, eta=rate, **slow)
     return wanted, y
 
 
@@ -232,8 +225,8 @@ def _match(setting: Setting, name: str, cell: Cell) -> list[tuple[int, list[floa
     updates, delay = setting.pick(quick=200, default=400, full=1500), setting.pick(quick=3, default=6, full=12)
     draws = [torch.Generator().manual_seed(seed) for seed in setting.each_seed()]
     heads, K = setting.seeds, _BITS + 3
-    shapes = {"u": (_HIDDEN,)}
-    slow = {n: torch.stack([s * torch.randn(*shapes.get(n, (_HIDDEN, K)), generator=d) for d in draws]) for n, s in cell.slow.items()}
+    shapes = {n: cell.rule.signals[n].shapes(K, _HIDDEN)[0] for n in cell.slow}
+    slow = {n: torch.stack([s * torch.randn(*shapes[n], generator=d) for d in draws]) for n, s in cell.slow.items()}
     raw = {n: torch.full((heads,), start) for n, (start, _) in cell.numbers.items()}
     read = {"a": torch.stack([0.3 * torch.randn(_HIDDEN, generator=d) for d in draws]), "c": torch.zeros(heads)}
     trained = [x.requires_grad_() for part in (slow, raw, read) for x in part.values()]
@@ -258,11 +251,11 @@ def _match(setting: Setting, name: str, cell: Cell) -> list[tuple[int, list[floa
 
 def _answers(cell: Cell, x: Tensor, slow: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> Tensor:
     """What the neurons say to the last input, (B, heads, hidden)."""
-    batch, length, heads, K = x.shape
-    state = (x.new_zeros(batch, heads, _HIDDEN, K), *(s.expand(batch, *s.shape) for s in slow.values()))
-    numbers = {n: of(raw[n]).expand(batch, length, heads) for n, (_, of) in cell.numbers.items()}
+    batch, length, heads, _ = x.shape
+    numbers = {n: of(raw[n]) for n, (_, of) in cell.numbers.items()}
+    numbers = {n: x if cell.rule.signals[n].role.slow else x.expand(batch, length, heads) for n, x in numbers.items()}
     free = {"c": x.new_zeros(batch, length, heads, _HIDDEN)} if "c" in cell.rule.signals else {}
-    return scan(cell.rule, state=state, x=x, **numbers, **free).y[:, -1]
+    return scan(cell.rule, k=x, **slow, **numbers, **free).y[:, -1]
 
 
 def _draw(hebb: Curve, completed: dict[str, list[tuple[int, list[float]]]], matched: dict[str, list[tuple[int, list[float]]]]):

@@ -11,11 +11,11 @@ from ...engine.scan import scan
 from ...engine.step import step
 from ...experiments.experiment import Result, Setting, experiment
 from ...plots import figure
+from ...rules import eligibility as rule
 from ..curves import Curve, rows
 from ..protocols import steps
 from ..spikes import log_decay, steady
 from ..synapses import rewarded_stdp
-from ..synapses import three_factor as rule
 
 _TAU = 1.0  # s, of the eligibility
 _PAUSE = 30.0  # s between trials
@@ -26,15 +26,15 @@ _PAIR = (0.010, 0.020, 1.0)  # s between the spikes, s time constant of the pre-
     section="neuroscience",
     claim="A reward delayed by D gives the credit exp(-D/tau); with perturbed neurons that is the delta rule, slower by the same factor",
     cite="Izhikevich 2007; Williams 1992; Fiete and Seung 2006; Fremaux and Gerstner 2016",
-    quick=2, default=5, full=30,
+    quick=1, default=3, full=20,
 )  # fmt: skip
 def three_factor(setting: Setting) -> Result:
     """A synapse is active once and a reward follows after D seconds; then neurons learn a target from nothing but delayed rewards.
 
-    The rule is ``three_factor``: E <- exp(-dt/tau) E + v k^T, W <- W + r E, run by ``fw.scan`` and ``fw.step`` (two matrices move together,
-    so that the form is recurrent). Presynaptic activity is k, postsynaptic activity (or its perturbation) v, E the eligibility (a Matrix
-    state), g = -dt/tau its log decay, the reward or neuromodulator r takes the place of beta; no heterosynaptic term. ``rewarded_stdp`` is
-    the same with STDP (``stdp``) as what writes to E.
+    The rule is the catalogue's ``eligibility``: E <- exp(-dt/tau) E + v k^T, W <- W + r E, run by ``fw.scan`` and ``fw.step``. Presynaptic
+    activity is k, postsynaptic activity (or its perturbation) v, E the eligibility (a Matrix state), g = -dt/tau its log decay, the reward
+    or neuromodulator r takes the place of beta; no heterosynaptic term. ``rewarded_stdp`` is the same with STDP (``stdp``) as what writes
+    to E.
 
     Conventions: E is read after the step's own write, so that a reward in the same step (D = 0) gets the credit 1; tau = 1 s, dt = 10 ms
     (5 ms with spikes). Decay is exact: with pairs and rewards on the grid nothing depends on dt.

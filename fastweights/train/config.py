@@ -40,7 +40,15 @@ class TrainConfig:
     steps: int = 1000
     """Optimiser steps."""
     batch: int = 8
-    """Sequences a step."""
+    """Sequences a batch, shared out among the processes that torchrun started."""
+    accumulate: int = 1
+    """Batches a step, whose gradients are added up: as one batch that is so much larger, in less memory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of products and activations. Weights, decays, the state of the optimiser and losses are float32 in any case."""
+    shard: Literal["none", "full"] = "none"
+    """With several processes: each has the whole model (none), or a share of every parameter and of the optimiser's state (full)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What trains; with several processes each has a CUDA device of its own."""
     length: int = 256
     """Tokens a sequence (of text)."""
     depth: int = 4
@@ -76,7 +84,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Numbers that make no sense are refused before anything is built."""
-        for name in ("steps", "batch", "length", "depth", "d_model", "heads", "evaluate_every", "checkpoint_every"):
+        for name in ("steps", "batch", "accumulate", "length", "depth", "d_model", "heads", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise FastWeightError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "clip"):
@@ -101,13 +109,13 @@ class TrainConfig:
 
 
 # options that may differ between the parts of one run
-MAY_CHANGE = {"resume", "runs", "name", "steps", "evaluate_every", "checkpoint_every", "text"}
+MAY_CHANGE = {"resume", "runs", "name", "steps", "evaluate_every", "checkpoint_every", "text", "shard", "device"}
 
 
 def differences(a: Mapping[str, Any], b: TrainConfig) -> list[str]:
     """Options of a stored run that another one may not change."""
-    mine = {f.name: getattr(b, f.name) for f in fields(b)}
-    return [f"--{n.replace('_', '-')} (was {a[n]}, is {mine[n]})" for n in mine if n not in MAY_CHANGE and n in a and a[n] != mine[n]]
+    asked = [(f.name, a.get(f.name, f.default), getattr(b, f.name)) for f in fields(b) if f.name not in MAY_CHANGE]
+    return [f"--{name.replace('_', '-')} (was {was}, is {now})" for name, was, now in asked if was != now]
 
 
 def layer_names(text: str) -> tuple[list[str], dict[str, Rule]]:

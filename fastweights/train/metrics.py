@@ -10,20 +10,25 @@ from ..models.files import write_atomically
 
 
 class Metrics:
-    """Appends lines to a file; after a resume, lines later than the checkpoint are dropped first."""
+    """Appends lines to a file; after a resume, lines later than the checkpoint are dropped first. None keeps no lines."""
 
-    def __init__(self, path: Path, upto: int) -> None:
+    def __init__(self, path: Path | None, upto: int) -> None:
+        self._file = None
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= upto]
         write_atomically(path, lambda p: _write(p, kept))
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, **line: Any) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _write(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..tasks.source import IGNORED, Source, VectorSource
+from .processes import ALONE, Processes
 
 
 class Scores(NamedTuple):
@@ -37,16 +38,23 @@ def unit(task: str, kind: str) -> str:
     return "mean squared distance" if kind == "regression" else "bits per byte" if task == "text" else "bits per answer"
 
 
-def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
+def loss_of(outputs: Tensor, targets: Tensor, count: int | None = None) -> Tensor:
     """Mean over the targets that count: cross entropy in nats for classes (B, T), half the squared distance for numbers (B, T, d_out).
+
+    With ``count`` the sum over them, divided by that number: the share of a part of a batch, in which that many count, in its mean.
+    In float32 or better.
 
     >>> loss_of(torch.zeros(1, 2, 3), torch.tensor([[[float("nan")] * 3, [1.0, 1.0, 0.0]]]))
     tensor(1.)
     """
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     if not targets.is_floating_point():
-        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        reduction = "mean" if count is None else "sum"
+        loss = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+        return loss if count is None else loss / count
     counted = counts(targets)
-    return 0.5 * (outputs[counted] - targets[counted]).square().sum(-1).mean()
+    squared = 0.5 * (outputs[counted] - targets[counted]).square().sum(-1)
+    return squared.mean() if count is None else squared.sum() / count
 
 
 def counts(targets: Tensor) -> Tensor:
@@ -55,22 +63,27 @@ def counts(targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
-    """A model's scores over batches of inputs and targets."""
+def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], among: Processes = ALONE) -> Scores:
+    """A model's scores over batches of inputs and targets, of whose rows every process takes its share."""
     total = right = whole = count = rows = 0.0
     numbers = False
-    for inputs, targets in batches:
+    for all_inputs, all_targets in batches:
+        numbers = all_targets.is_floating_point()
+        inputs, targets = among.rows(all_inputs), among.rows(all_targets)
+        if not len(targets):
+            model(all_inputs[:1])  # a model in shares is only put together by all processes
+            continue
         outputs, _ = model(inputs)
         counted = counts(targets)
         n = int(counted.sum())
         total += loss_of(outputs, targets).item() * n if n else 0.0
         count += n
-        numbers = targets.is_floating_point()
         if not numbers:
             hit = outputs.argmax(-1) == targets
             right += int(hit[counted].sum())
             whole += int((hit | ~counted).all(-1).sum())
             rows += len(targets)
+    total, right, whole, count, rows = among.total(total, right, whole, count, rows)
     if not count:
         return Scores()
     if numbers:

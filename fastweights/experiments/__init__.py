@@ -19,6 +19,7 @@ MODULES: tuple[str, ...] = (
     "fastweights.experiments.charlm",
     "fastweights.experiments.painter",
     "fastweights.experiments.scaling",
+    "fastweights.experiments.timeseries",
     "fastweights.neuro.figures.rescorla_wagner",
     "fastweights.neuro.figures.blocking",
     "fastweights.neuro.figures.cue_competition",

@@ -58,7 +58,7 @@ class Neuron:
     section="neuroscience",
     claim="The mismatch of soma and dendrite is the delta rule's error, up to the time that the soma needs; with spikes it learns a melody",
     cite="Urbanczik and Senn 2014, Neuron 81",
-    quick=7, default=15, full=50,
+    quick=7, default=17, full=50,
 )  # fmt: skip
 def dendritic_error(setting: Setting) -> Result:
     """A teacher nudges the soma; synapses on the dendrite learn from what the dendrite did not predict of the soma.

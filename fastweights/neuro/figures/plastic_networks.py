@@ -71,7 +71,7 @@ CELLS: Mapping[str, Cell] = {
     section="neuroscience",
     claim="Networks trained through their own plasticity complete patterns and match over a delay; without plasticity they are at chance",
     cite="Miconi, Stanley and Clune 2018; Miconi et al. 2019; Aitken and Mihalas 2023",
-    quick=12, default=32, full=140,
+    quick=9, default=25, full=140,
 )  # fmt: skip
 def plastic_networks(setting: Setting) -> Result:
     """New random patterns in every episode, so that nothing about them can be in the slow weights.

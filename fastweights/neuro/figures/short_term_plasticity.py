@@ -93,7 +93,7 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     section="neuroscience",
     claim="Tsodyks and Markram's synapse is a rule whose query carries traces: regular trains, rates and Poisson trains as in closed form",
     cite="Tsodyks and Markram 1997; Tsodyks, Pawelzik and Markram 1998; Mongillo, Barak and Tsodyks 2008",
-    quick=4, default=30, full=35,
+    quick=2, default=7, full=40,
 )  # fmt: skip
 def short_term_plasticity(setting: Setting) -> Result:
     """One facilitating synapse (U = 0.2, tau_F = 1.5 s, tau_D = 0.2 s) and one depressing (U = 0.5, tau_F = 1 ms, tau_D = 0.8 s).

@@ -54,7 +54,7 @@ SONG_2000 = Window(0.005, 1.05 * 0.005, 0.020, 0.020)
     section="neuroscience",
     claim="STDP is two traced writes, affine in W: window, dependence on frequency and drift under Poisson trains are the closed forms",
     cite="Bi and Poo 1998; Song, Miller and Abbott 2000; Kempter, Gerstner and van Hemmen 1999; Morrison, Diesmann and Gerstner 2008",
-    quick=4, default=17, full=140,
+    quick=4, default=18, full=140,
 )  # fmt: skip
 def stdp(setting: Setting) -> Result:
     """Pairs of spikes at one interval, 60 at 1 Hz; pairs at many frequencies; independent Poisson trains on both sides.

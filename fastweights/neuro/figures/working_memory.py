@@ -69,7 +69,7 @@ class Activity(NamedTuple):
     section="neuroscience",
     claim="After a second of silence a pulse to all populations brings back only the one that was loaded: facilitation is the memory",
     cite="Mongillo, Barak and Tsodyks 2008, Science 319; Mi, Katkov and Tsodyks 2017, Neuron 93 (rate model)",
-    quick=5, default=7, full=40,
+    quick=3, default=5, full=40,
 )  # fmt: skip
 def working_memory(setting: Setting) -> Result:
     """Five populations with the synapses of Mongillo et al. (U = 0.2, tau_F = 1.5 s, tau_D = 0.2 s). One is excited for 0.3 s; nothing

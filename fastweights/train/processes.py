@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ..language.errors import FastWeightError
 
 X = TypeVar("X")
 _CPU = torch.device("cpu")
+_SETTLE = 0.1  # seconds
 
 
 @dataclass(frozen=True)
@@ -130,5 +132,8 @@ def processes(device: str = "cpu") -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), place)
     finally:
+        # A thread of gloo needs the interpreter's lock to let go of the last tensors; a process group whose last owner holds that lock
+        # and waits for the thread would never end (torch 2.13). Sleeping gives the lock away.
+        time.sleep(_SETTLE)
         if ours:
             dist.destroy_process_group()

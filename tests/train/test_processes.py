@@ -81,6 +81,7 @@ for group in json.loads(sys.argv[1]):
             children.append(child)
             continue
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(group["size"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(group["port"]))
+        signal.alarm(120)
         code = 1
         try:
             work(group)

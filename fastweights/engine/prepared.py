@@ -19,12 +19,14 @@ _known = threading.local()  # the structures of a call are not for two threads a
 
 def prepared(rule: Any, W: Tensor | None, signals: dict[str, Any], time: bool) -> Call | None:
     """The call for what was given; None where it must be looked at anew every time, or the kernels do not serve it."""
+    if not may_look():
+        return None
     given = signals.values() if W is None else (W, *signals.values())
     try:
         key = (id(rule), time, W is None, *signals, *[(x.shape, x.stride(), x.dtype, x.is_cpu) for x in given])
     except (AttributeError, TypeError):  # not a tensor: the check will say so
         return None
-    if not may_look() or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return None
     try:
         calls = _known.calls

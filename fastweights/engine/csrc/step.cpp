@@ -275,6 +275,11 @@ struct Step {
             const float* at = from + v * p.first.time;
             float* there = to + v * p.last.time;
             if (Kp == p.K && v + ROWS <= p.V) {
+                // A copy of whole lines need not fetch what it overwrites, as single stores would: half the time where that is far away.
+                if (there != at && p.first.time == p.K && p.last.time == p.K) {
+                    std::memcpy(there, at, sizeof(float) * p.K * ROWS);
+                    at = there;
+                }
                 rows(there, p.last.time, at, p.first.time, v, ROWS);
                 continue;
             }

@@ -13,6 +13,8 @@ MODULES: tuple[str, ...] = (
     "fastweights.experiments.capacity",
     "fastweights.experiments.retrieval",
     "fastweights.experiments.overwrite",
+    "fastweights.experiments.mqar",
+    "fastweights.experiments.carry_over",
     "fastweights.experiments.parity",
     "fastweights.experiments.word_problems",
     "fastweights.experiments.icl_regression",

@@ -15,10 +15,11 @@ from .experiment import Finding, Result, Setting, experiment
     section="learning to learn",
     claim="Linear attention is one step of gradient descent, delta a pass of many, Mesa least squares; a trained layer finds the best step",
     cite="von Oswald et al. 2023, ICML; Ahn et al. 2023; Mahankali et al. 2024",
-    quick=20, default=60, full=300,
+    quick=7, default=75, full=300,
 )  # fmt: skip
 def icl_regression(setting: Setting) -> Result:
-    """w ~ N(0, I) in d dimensions, n examples (x_i, w . x_i) without noise, then a query x, all x ~ N(0, I); the risk is E (w . x - W x)^2.
+    """w ~ N(0, I) in d dimensions, n examples (x_i, w . x_i) without noise, then a query x, all x ~ N(0, I); the risk is E (w . x - W x)^2,
+    which is E |w - W|^2.
 
     Keys are the x_i, values w . x_i, the query is read last. ``hebb_rate`` with one rate eta is a step of gradient descent from zero on
     1/2 sum_i (W x_i - w . x_i)^2; its best rate 1 / (n + d + 1) has the risk d (d + 1) / (n + d + 1). ``delta`` on x_i / |x_i| at rate beta
@@ -38,9 +39,9 @@ def icl_regression(setting: Setting) -> Result:
     trained = []
     for seed in setting.each_seed():
         draw = torch.Generator().manual_seed(seed)
-        sets = [_examples(draws // (4 if n > 8 else 1), n, d, draw) for n in lengths]
+        sets = [_examples(draws, n, d, draw) for n in lengths]
         found["one step"].append([_risk("hebb_rate", *s, 1 / (n + d + 1)) for n, s in zip(lengths, sets, strict=True)])
-        found["delta"].append([_risk("delta", s[0], s[1], s[2] / s[2].norm(dim=-1, keepdim=True), s[3], beta) for s in sets])
+        found["delta"].append([_risk("delta", w, k / k.norm(dim=-1, keepdim=True), beta) for w, k in sets])
         found["least squares"].append([_risk("rls", *(x[:2000] for x in s), 1e-9) for s in sets])
         trained.append(_train(d, n_trained, seed, setting) / (d * (d + 1) / (n_trained + d + 1)))
     findings = []
@@ -58,13 +59,14 @@ def icl_regression(setting: Setting) -> Result:
     return Result(findings, table, _draw(d, lengths, expected, found, n_trained, trained))
 
 
-def _examples(draws: int, n: int, d: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w (draws, d), the query (draws, d), keys (draws, n, d) and the same again, which the values are made of."""
-    w, x, k = (torch.randn(draws, *shape, generator=draw, dtype=torch.float64) for shape in ((d,), (d,), (n, d)))
-    return w, x, k, k
+def _examples(draws: int, n: int, d: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """w (draws, d) and keys (draws, n, d)."""
+    w, k = (torch.randn(draws, *shape, generator=draw, dtype=torch.float64) for shape in ((d,), (n, d)))
+    return w, k
 
 
-def _risk(rule: str, w: Tensor, x: Tensor, k: Tensor, _: Tensor, rate: float) -> float:
+def _risk(rule: str, w: Tensor, k: Tensor, rate: float) -> float:
+    """E |w - W|^2, which is E (w . x - W x)^2."""
     k = k.unsqueeze(2)
     v = (k * w[:, None, None]).sum(-1, keepdim=True)
     rates = torch.full(k.shape[:3], rate, dtype=k.dtype)
@@ -72,7 +74,7 @@ def _risk(rule: str, w: Tensor, x: Tensor, k: Tensor, _: Tensor, rate: float) ->
     found = rules.get(rule)
     state = scan(found, **{n: given[n] for n in found.signals}).state
     W = (state[0] if isinstance(state, tuple) else state)[:, 0]
-    return float((((W @ x.unsqueeze(-1)).squeeze(-1).squeeze(-1) - (w * x).sum(-1)) ** 2).mean())
+    return float((W[:, 0] - w).square().sum(-1).mean())
 
 
 class _Layer(nn.Module):

@@ -79,7 +79,7 @@ def _draw(A: Tensor, right: Tensor, best: list[float], random: list[list[float]]
     pictures = _canvases(A, right[:24])
     shown = [("1 write", pictures[0]), ("4 writes", pictures[3]), ("16 writes", pictures[15]), ("the image", A)]
     for ax, (title, picture) in zip(axes, shown, strict=False):
-        ax.imshow(picture, cmap="gray", vmin=float(A.min()), vmax=float(A.max()))
+        ax.imshow(picture.numpy(), cmap="gray", vmin=float(A.min()), vmax=float(A.max()))
         ax.set_title(title, fontsize=9)
         ax.axis("off")
     ax = axes[4]

@@ -153,6 +153,8 @@ def _train(options: Train, console: Console) -> int:
     except Interrupted as stop:
         _say(console, str(stop))
         return 128 + stop.signal_number
+    if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun the first one tells
+        return 0
     _say(console, f"done: {result.folder}  (loss curve: {result.folder}/figures/loss.png)")
     if options.task == "text":
         _say(console, f"generate from it: fastweights generate {result.folder}" + _own(options))
@@ -248,43 +250,53 @@ def _convert(options: Convert, console: Console) -> int:
 
 def _reproduce(options: Reproduce, console: Console) -> int:
     from .experiments import experiments, find
-    from .experiments.experiment import SIZES
-    from .experiments.report import finding_row, run, told, write_page
+    from .experiments.report import write_page
 
     if options.quick and options.full:
         raise FastWeightError("--quick and --full are two sizes; give one of them, or none for the size between")
     if options.seeds < 0:
         raise FastWeightError(f"--seeds is {options.seeds}, expected at least 1")
-    if bool(options.name) == options.all:
-        if options.name:
-            raise FastWeightError(f"give a name ({options.name}) or --all, not both")
-        table = _table("experiment", *SIZES, "claim")
-        for e in experiments().values():
-            table.add_row(f"[bold]{e.name}[/bold]", *(_duration(e.seconds[s]) for s in SIZES), escape(f"{e.claim} ({e.cite})"))
-        console.print(table)
-        _say(console, "One: fastweights reproduce NAME [--quick | --full] [--seeds n]")
-        _say(console, "All, with a page that shows them: fastweights reproduce --all --quick")
-        return 0
+    if options.names and options.all:
+        raise FastWeightError(f"give names ({' '.join(options.names)}) or --all, not both")
+    if not options.names and not options.all:
+        return _list_experiments(console)
+    chosen = list(experiments().values()) if options.all else [find(name) for name in dict.fromkeys(options.names)]
+    good = [_run_experiment(e, options, console) for e in chosen]
+    if len(chosen) > 1:
+        _say(console, f"{sum(good)} of {len(chosen)} came out; all on one page: {write_page(options.runs, [e.name for e in chosen])}")
+    return 0 if all(good) else 1
+
+
+def _list_experiments(console: Console) -> int:
+    from .experiments import experiments
+    from .experiments.experiment import SIZES
+
+    table = _table("experiment", *SIZES, "claim")
+    for e in experiments().values():
+        table.add_row(f"[bold]{e.name}[/bold]", *(_duration(e.seconds[s]) for s in SIZES), escape(f"{e.claim} ({e.cite})"))
+    console.print(table)
+    _say(console, "Some: fastweights reproduce NAME ... [--quick | --full] [--seeds n]")
+    _say(console, "All, with a page that shows them: fastweights reproduce --all --quick")
+    return 0
+
+
+def _run_experiment(e: Any, options: Reproduce, console: Console) -> bool:
+    from .experiments.report import finding_row, run, told
+
     size = "quick" if options.quick else "full" if options.full else "default"
     seeds = options.seeds or (1 if options.all and options.quick else 3)
-    chosen = list(experiments().values()) if options.all else [find(options.name)]
-    good = True
-    for e in chosen:
-        _say(console, f"{e.name}: {e.claim} ({e.cite})")
-        with console.status("running ...") as status:
-            result = run(e, size, seeds, options.runs, lambda text, status=status, e=e: status.update(f"{e.name}: {text}"))
-        table = _table("measured", "expected", "", "what")
-        for f in result.findings:
-            verdict = "[green]PASS[/green]" if f.passed else "[red]FAIL[/red]"
-            table.add_row(told(finding_row(f)), escape(f"{f.expected} ({f.source})"), verdict, escape(f.what))
-        console.print(table)
-        if result.notes:
-            _say(console, result.notes)
-        _say(console, f"{e.name}: {'PASS' if result.passed else 'FAIL'}  {options.runs}/reproduce/{e.name}/figure.png")
-        good &= result.passed
-    if options.all:
-        _say(console, f"all of them on one page: {write_page(options.runs, [e.name for e in chosen])}")
-    return 0 if good else 1
+    _say(console, f"{e.name}: {e.claim} ({e.cite})")
+    with console.status("running ...") as status:
+        result = run(e, size, seeds, options.runs, lambda text: status.update(f"{e.name}: {text}"))
+    table = _table("measured", "expected", "", "what")
+    for f in result.findings:
+        verdict = "[green]PASS[/green]" if f.passed else "[red]FAIL[/red]"
+        table.add_row(told(finding_row(f)), escape(f"{f.expected} ({f.source})"), verdict, escape(f.what))
+    console.print(table)
+    if result.notes:
+        _say(console, result.notes)
+    _say(console, f"{e.name}: {'PASS' if result.passed else 'FAIL'}  {options.runs}/reproduce/{e.name}/figure.png")
+    return result.passed
 
 
 def _duration(seconds: float) -> str:

@@ -130,15 +130,15 @@ class Convert:
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Run an experiment: a claim about fast weights, measured beside what is expected, PASS or FAIL. Without a name: what there is.
+    """Run experiments: claims about fast weights, measured beside what is expected, PASS or FAIL. Without a name: what there is.
 
-    Example: fastweights reproduce capacity --quick
+    Example: fastweights reproduce capacity blocking --quick
     """
 
-    name: Annotated[str, tyro.conf.Positional] = ""
-    """An experiment."""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Experiments."""
     all: bool = False
-    """All of them, and a page that shows them."""
+    """All of them."""
     quick: bool = False
     """A small version, under a minute."""
     full: bool = False

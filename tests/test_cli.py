@@ -210,3 +210,14 @@ def test_bench_writes_what_it_measured(here, capfd, monkeypatch):
     assert all(0 < row["share"] < 1 for row in found["scans"])
     assert found["decode"]["step"] > 0
     assert (here / "runs/bench/bench.png").stat().st_size > 10_000
+
+
+def test_several_experiments_share_a_page(here, capfd):
+    code, out, _ = run(capfd, "reproduce", "blocking", "rescorla-wagner", "blocking", "--quick", "--seeds", "1")
+    assert code == 0
+    assert "2 of 2 came out" in out
+    page = (here / "runs/reproduce/index.html").read_text()
+    assert page.count("<img") == 2
+    code, _, err = run(capfd, "reproduce", "blocking", "--all")
+    assert code == 2
+    assert "not both" in err

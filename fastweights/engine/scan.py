@@ -130,8 +130,9 @@ def run(given: Inputs, chosen: Plan) -> Output:
         form = parallel if chosen.form == "parallel" else lambda micro, weights: chunked(micro, weights, size)
         engine = cpu.blocks if chosen.backend == "cpu" else lowered.blocks(form, size)
         y, states = lowered.run(program, given, engine)
-    w, *others = states
-    return Output(y.to(given.out), states if others else w)
+    # what nothing was written to is still the caller's: nobody expects to change both
+    states = tuple(w.clone() if any(w is old for old in given.states) else w for w in states)
+    return Output(y.to(given.out), states if len(states) > 1 else states[0])
 
 
 def plan(

@@ -35,7 +35,7 @@ _MADE_OF: dict[str, Callable[..., Any]] = {
 }
 _RANDOM = ("dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal", "rrelu")
 _PACKAGE = str(Path(__file__).parents[1])
-_RULES = str(Path(__file__).parents[1] / "rules")
+_RULES = (str(Path(__file__).parents[1] / "rules"), str(Path(__file__).parents[1] / "neuro"))
 _TORCH = str(Path(torch.__file__).parent)
 
 

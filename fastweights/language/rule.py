@@ -112,9 +112,12 @@ class Rule:
         return self.token({n: states[n] for n in self.states}, {n: signals[n] for n in self.arguments.signals})
 
     def explain(self, known: Trace | None = None) -> str:
-        """Why the rule runs only as a recurrence: the reason and the line."""
+        """Which forms the rule has, and if it is not all of them, why: the reason and the line."""
         known = known or self.trace
-        return f"rule {self.name!r} has no parallel or chunk form: {known.reason}\n  {known.where}"
+        if known.program is not None:
+            return f"rule {self.name!r} has every form: it is affine in W ({known.program.kind})"
+        missing = "parallel form (its matrices are affine together, and have a chunk form)" if known.coupled else "parallel or chunk form"
+        return f"rule {self.name!r} has no {missing}: {known.reason}\n  {known.where}"
 
     def equation(self) -> str:
         """The new W (and y, if it is not W q) in plain text.

@@ -42,7 +42,7 @@ class LowRankDecay(nn.Module):
         self.heads, self.divisor = heads, divisor
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(_single(self.up(self.down(x))).unflatten(-1, (self.heads, -1))) / self.divisor
+        return F.logsigmoid(single(self.up(self.down(x))).unflatten(-1, (self.heads, -1))) / self.divisor
 
 
 class LowRankSoftplusDecay(nn.Module):
@@ -67,7 +67,7 @@ class SafeDecay(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(heads, d_key))
 
     def forward(self, x: Tensor) -> Tensor:
-        z = _single(self.project(x)).unflatten(-1, self.dt_bias.shape)
+        z = single(self.project(x)).unflatten(-1, self.dt_bias.shape)
         return self.lowest * torch.sigmoid(self.A_log.to(z.dtype).exp().unsqueeze(-1) * (z + self.dt_bias.to(z.dtype)))
 
 
@@ -106,7 +106,7 @@ class CappedGate(nn.Module):
         self.project, self.cap = nn.Linear(d_model, heads), cap
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.cap * torch.tanh(_single(self.project(x)) / self.cap)
+        return self.cap * torch.tanh(single(self.project(x)) / self.cap)
 
 
 class ForgetGate(nn.Module):
@@ -135,7 +135,7 @@ class LowerBoundedDecay(nn.Module):
         self.register_buffer("bound", torch.full((heads, d_key), bound))
 
     def decay(self, x: Tensor) -> Tensor:
-        open = _single(self.project(x)).sigmoid().unflatten(-1, self.bound.shape)
+        open = single(self.project(x)).sigmoid().unflatten(-1, self.bound.shape)
         return self.bound.to(open.dtype) + (1 - self.bound.to(open.dtype)) * open
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class StepSize(nn.Module):
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
 
     def forward(self, x: Tensor) -> Tensor:
-        z = _single(self.project(x))
+        z = single(self.project(x))
         return F.softplus(z + self.dt_bias.to(z.dtype)).clamp(*self.limits)
 
 
@@ -170,5 +170,6 @@ class SteppedDecay(nn.Module):
         return -self.A_log.to(dt.dtype).exp() * dt
 
 
-def _single(z: Tensor) -> Tensor:
+def single(z: Tensor) -> Tensor:
+    """The same numbers in float32 at least: rates near 1 and decays have no room in 16 bits."""
     return z.to(torch.promote_types(z.dtype, torch.float32))

@@ -13,7 +13,7 @@ from ..engine.convolution import Part, l2_normalised, short_convolution
 from ..language.errors import SignalError
 from ..language.roles import Signal
 from ..language.rule import Rule
-from .decays import SoftplusDecay
+from .decays import SoftplusDecay, single
 from .feature_maps import FeatureMap, is_positive, may_vanish
 from .feature_maps import feature_map as make_map
 
@@ -48,7 +48,8 @@ class ShortConvolution(nn.Module):
         state = x.new_zeros(x.shape[0], kept, x.shape[2]) if state is None else state.to(x.dtype)
         if reset is None or not bool(reset.any()):
             y = short_convolution(x, self.weight[:, 0], state, parts, self.bias)
-            return y, torch.cat([state, x[:, -kept:]], 1)[:, -kept:].contiguous()
+            new = min(x.shape[1], kept)
+            return y, torch.cat([state, x[:, x.shape[1] - new :]], 1)[:, new:].contiguous()
         rows = [self._documents(x[b : b + 1], state[b : b + 1], parts, reset[b]) for b in range(x.shape[0])]
         return torch.cat([y for y, _ in rows]), torch.cat([after for _, after in rows])
 
@@ -71,7 +72,8 @@ class Programmer(nn.Module):
     Keys and queries: projection, short convolution, silu (or another ``feature_map``), l2 norm (or another ``norm``: none, sum);
     positive ones: the feature map if its features are positive, else elu + 1. Where a feature map makes more of d_key numbers,
     everything else in key space, and W, has that size, ``d_feature``.
-    Values: projection, short convolution, silu (or ``values``: identity). Rates: a sigmoid, doubled with ``negative_eigenvalues``.
+    Values: projection, short convolution, silu (or ``values``: identity), and the l2 norm where they say what is erased, as in ``oja``,
+    unless ``norm`` is none. Rates: a sigmoid, doubled with ``negative_eigenvalues``.
     Gates: a sigmoid. Log decays: Mamba's softplus form, per head or per channel. Numbers and other vectors: projections. What is slow
     is a parameter.
 
@@ -111,6 +113,7 @@ class Programmer(nn.Module):
         self.d_key, self.d_value = d_key, d_value
         self.feature_map, self.values, self.norm, self.negative_eigenvalues = feature_map, values, norm, negative_eigenvalues
         self.d_feature = make_map(feature_map, d_key).size
+        self.value_norm = "l2" if norm != "none" and _erases_rows(rule) else "none"
         self.pick = self._pick(decay)
         self.custom = nn.ModuleDict(dict(custom or {}))
         if unknown := [n for n in self.custom if n not in rule.signals]:
@@ -194,7 +197,8 @@ class Programmer(nn.Module):
         if role in ("Key", "Query"):
             silu = self.feature_map == "silu"
             return Part(size, silu, self.d_key if silu and self.norm == "l2" else 0)
-        return Part(size, role == "Value" and self.values == "silu")
+        unit = role == "Value" and self.value_norm == "l2"
+        return Part(size, role == "Value" and self.values == "silu", self.d_value if unit else 0)
 
     def _make(self, name: str, z: Tensor, done: Part | None) -> Tensor:
         s = self.rule.signals[name]
@@ -205,11 +209,12 @@ class Programmer(nn.Module):
                 return z + 1e-6 if may_vanish(self._map_name(name)) else z
             return z if done and done.group else NORMS[self.norm](z)
         if role == "Value":
-            return z if self.values == "identity" or (done and done.silu) else F.silu(z)
+            z = z if self.values == "identity" or (done and done.silu) else F.silu(z)
+            return z if done and done.group else NORMS[self.value_norm](z)
         if role == "Rate":
-            return z.sigmoid() * (2 if self.negative_eigenvalues else 1)
+            return single(z).sigmoid() * (2 if self.negative_eigenvalues else 1)
         if role.endswith("Gate"):
-            return z.sigmoid()
+            return single(z).sigmoid()
         return self.decays[name](z) if s.role.log_decay else z
 
     def _map(self, name: str, z: Tensor) -> Tensor:
@@ -225,6 +230,12 @@ class Programmer(nn.Module):
 
 def _is_address(s: Signal) -> bool:
     return s.role.name.endswith(("Key", "Query")) and not s.role.slow
+
+
+def _erases_rows(rule: Rule) -> bool:
+    """Whether values say what is erased, as keys do in most rules: then W stays bounded only if they are."""
+    program = rule.trace.program
+    return program is not None and program.transposed and program.erase != "none"
 
 
 def _is_pattern(s: Signal) -> bool:

@@ -109,10 +109,10 @@ class RWKV7(_TokenMixer):
         if self.v_lora is not None and v_first is not None:
             v = torch.lerp(v, v_first, self.v_lora(xv).sigmoid())
         kk = F.normalize(self.split(k * self.k_k), dim=-1)
-        k, r, v, a = (self.split(z) for z in (k * (1 + (a - 1) * self.k_a), r, v, a))
+        k, r, v, a = (self.split(z).to(v.dtype) for z in (k * (1 + (a - 1) * self.k_a), r, v, a))  # autocast leaves them unlike
         g = self.split(_SLOWEST * self.w_lora(xw).to(torch.promote_types(x.dtype, torch.float32)).sigmoid())
         W = None if state is None else state["W"]
-        y, W = scan(rules.generalised_delta, q=r, k=k, v=v, x=-kk, y=kk * a, g=g, state=W, reset=reset)
+        y, W = scan(rules.generalised_delta, q=r, k=k, v=v, x=-kk.to(v.dtype), y=(kk * a).to(v.dtype), g=g, state=W, reset=reset)
         y = self.g_norm(y.flatten(2)) + ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)
         return self.o_proj(y * self.g_lora(xg)), self.after(x, state, W)
 

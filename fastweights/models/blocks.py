@@ -60,14 +60,15 @@ def layer_named(name: str, config: ModelConfig, rules: Mapping[str, Rule], index
     """The sequence layer that a name stands for, at its place in a model; ``rules`` as ``resolve`` found them."""
     window = attention_window(name)
     d_key = config.d_key or config.d_model // max(config.heads, 1)
-    place = Place(config.d_model, config.heads, d_key, index, len(config.layers), config.d_value)
+    place = Place(config.d_model, config.heads, d_key, index, len(config.layers), config.d_value, config.negative_eigenvalues)
     if window is not None:
         return SoftmaxAttention(config.d_model, heads=config.heads, window=window or None)
     if name not in rules:
         return SYSTEMS[name].build(place)
     sizes: dict[str, Any] = {"heads": config.heads, "d_key": config.d_key, "d_value": config.d_value}
     if name in PRESETS and rules[name] == rule_of(name):  # a rule of one's own may have a preset's name
-        return layer_of(name, config.d_model, **sizes, index=index, depth=len(config.layers), **config.options)
+        options = {**config.options, **({"negative_eigenvalues": True} if config.negative_eigenvalues else {})}
+        return layer_of(name, config.d_model, **sizes, index=index, depth=len(config.layers), **options)
     general = {"conv": config.conv, "feature_map": config.feature_map, "negative_eigenvalues": config.negative_eigenvalues}
     general["decay"] = config.decay if -1 in rules[name].shapes else "head"
     return FastWeightLayer(rules[name], config.d_model, **sizes, **{**general, **config.options})

@@ -25,6 +25,7 @@ class Place:
     index: int = 0
     depth: int = 1
     d_value: int | None = None
+    negative_eigenvalues: bool = False
 
 
 @dataclass(frozen=True)

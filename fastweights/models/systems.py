@@ -41,7 +41,7 @@ ALL_FORMS = ("recurrent", "parallel", "chunk")
 
 def _hybrid(kind: str, when: str) -> System:
     return System(
-        lambda p: HybridAttention(rules.delta, p.d_model, heads=p.heads, kind=kind),
+        lambda p: HybridAttention(rules.delta, p.d_model, heads=p.heads, kind=kind, negative_eigenvalues=p.negative_eigenvalues),
         f"softmax attention to a window, and delta, into which a token goes {when}", "Irie, Yau and Gershman 2025", ALL_FORMS,
     )  # fmt: skip
 

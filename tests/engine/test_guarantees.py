@@ -203,3 +203,13 @@ def test_batch_rows_do_not_know_each_other():
     whole = fw.scan(R.gated_delta, **signals, state=start)
     alone = fw.scan(R.gated_delta, **{n: x[1:2] for n, x in signals.items()}, state=tuple(s[1:2] for s in start))
     assert distance(whole.y[1:2], alone.y) < 1e-6
+
+
+@pytest.mark.parametrize("rule", [R.gated_delta, R.normalised_hebb, R.srwm], ids=name)
+def test_a_state_that_nothing_changed_is_still_a_new_one(rule):
+    signals, start = example(rule, 1, 0, 2, 4, 4), state_for(rule, 1, 2, 4, 4)
+    for form in rule.forms:
+        out = fw.scan(rule, **signals, state=start, form=form)
+        for old, new in zip(start, parts(out)[1:], strict=True):
+            assert torch.equal(old, new)
+            assert old.data_ptr() != new.data_ptr()

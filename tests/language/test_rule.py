@@ -7,6 +7,7 @@ from rows import R
 import fastweights as fw
 from fastweights import Key, KeyVector, LogDecay, Query, Rate, Value, ValueVector, outer
 from fastweights.language.expr import Tape
+from fastweights.neuro.rules import synaptic_chain
 
 
 @fw.rule
@@ -154,6 +155,12 @@ def test_descend_on_other_objectives_runs_recurrent_and_checks():
         assert rule.forms == ("recurrent",)
         assert "of a read of W" in rule.explain()
         assert fw.check(rule).passed
+
+
+def test_a_rule_says_which_forms_it_lacks():
+    assert "has every form" in fw.rules.delta.explain()
+    assert "no parallel form (its matrices are affine together" in fw.rules.eligibility.explain()
+    assert "rules.py" in synaptic_chain.explain()  # also where a rule is not in the catalogue, its own line
 
 
 REFUSED = {

@@ -231,7 +231,7 @@ def test_a_network_holds_more_pairs_than_a_matrix_of_its_width_can():
 
     with torch.no_grad():
         matrix, deep = error(nn.Linear, 1e-4), error(lambda a, b: mlp(a, b, 16), 1e-4)
-    assert least <= matrix < 1.05 * least
+    assert (1 - 1e-9) * least <= matrix < 1.05 * least  # it may have arrived
     assert deep < 0.1 * least
 
 

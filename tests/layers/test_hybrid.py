@@ -6,6 +6,7 @@ import torch
 
 import fastweights as fw
 from fastweights.layers.hybrid import KINDS, MIXES, HybridAttention
+from fastweights.models import LanguageModel, ModelConfig
 
 X = torch.randn(1, 15, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -95,3 +96,11 @@ def test_bad_options_are_refused():
             HybridAttention(fw.rules.delta, 8, **{"heads": 2, **options})
     with pytest.raises(fw.SignalError, match="one state"):
         HybridAttention(fw.rules.normalised_hebb, 8, heads=2)
+
+
+def test_a_config_doubles_the_rates_of_hybrids_and_presets():
+    for name in ("hybrid_synchronous", "deltanet"):
+        for doubled in (False, True):
+            config = ModelConfig(layers=(name,), d_model=16, heads=2, negative_eigenvalues=doubled)
+            programmer = LanguageModel(config).blocks[0].layer.programmer
+            assert programmer.negative_eigenvalues is doubled

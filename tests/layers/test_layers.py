@@ -174,3 +174,31 @@ def test_a_state_that_lacks_a_part_is_refused():
     _, state = layer(x)
     with pytest.raises(fw.SignalError, match="position is missing"):
         layer(x, {"W": state["W"]})
+
+
+def test_a_convolution_of_one_token_keeps_nothing():
+    conv = ShortConvolution(3, width=1)
+    x, state = torch.randn(2, 4, 3), None
+    for _ in range(2):
+        y, state = conv(x, state)
+        assert torch.allclose(y, x * conv.weight[:, 0, 0])
+        assert state.shape == (2, 0, 3)
+
+
+def test_rates_and_gates_have_more_than_sixteen_bits():
+    """1 - 2^-10 has no place in bfloat16, and a rate of it is not a rate of 1."""
+    rule = R.erase_write
+    programmer = fw.FastWeightLayer(rule, 16, heads=2).bfloat16().programmer
+    signals, _ = programmer(torch.randn(1, 3, 16, dtype=torch.bfloat16))
+    wide = {n for n, s in rule.signals.items() if s.role.name.endswith(("Rate", "Gate", "LogDecay"))}
+    assert {n for n, x in signals.items() if x.dtype == torch.float32} == wide
+    assert {x.dtype for n, x in signals.items() if n not in wide} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("rule", [R.oja, R.gated_oja, R.oja.T], ids=name)
+def test_what_says_what_is_erased_has_length_one(rule):
+    """Else large inputs make W grow without bound: (I - beta v v^T) W has an eigenvalue below -1 once beta |v|^2 > 2."""
+    torch.manual_seed(0)
+    y, state = fw.FastWeightLayer(rule, 16, heads=2)(30 * torch.randn(1, 400, 16))
+    assert y.isfinite().all()
+    assert state["W"].norm() < 100

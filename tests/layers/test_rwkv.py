@@ -80,3 +80,15 @@ def test_rwkv6_token_by_token():
     y, state = layer(X)
     assert np.allclose(y[0].detach().numpy(), out, rtol=1e-10, atol=1e-12)
     assert np.allclose(state["W"][0].detach().numpy(), S, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [RWKV6, RWKV7])
+def test_autocast(layer):
+    torch.manual_seed(0)
+    made, x = layer(12, heads=2), torch.randn(2, 9, 12)
+    whole, _ = made(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = made(x)
+    assert (y - whole).norm() < 0.05 * whole.norm()
+    y.float().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in made.parameters())

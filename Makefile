@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) --config-settings=cmake.define.FASTWEIGHTS_ISAS=native --editable '.[dev]'
-	$(PIP) --no-deps fla-core einops  # references to compare with, read by the path of their files
+	$(PIP) --no-deps fla-core einops mlstm_kernels  # references to compare with, read by the path of their files
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -8,6 +8,7 @@ from importlib import metadata
 
 import torch
 
+from .engine import fla
 from .engine.kernels import library
 from .engine.scan import BACKENDS
 
@@ -33,6 +34,8 @@ def findings() -> list[tuple[str, str, bool | None]]:
     rows.append(("backends", ", ".join(BACKENDS), True))
     kernels = library()
     rows.append(("cpu kernels", kernels.why or f"compiled for {kernels.isa}, forward and backward", not kernels.why))
+    why = fla.unavailable(torch.device("cuda" if cuda else "cpu"))
+    rows.append(("fla kernels", why or "flash-linear-attention is installed: backend='fla' runs on it", None))
     rows.append(("forms", "recurrent, parallel and chunk, in torch, on any device", True))
     return rows
 

@@ -75,7 +75,7 @@ def _operands(program: Program) -> Operands | str:
     spec = [_DECAYS.index(program.decay), _ERASES.index(program.erase), int(backward.pop()), program.n, len(program.reads)]
     scales: list[float] = []
     for step in program.steps:
-        x, u = _split(step.x, step), _split(step.u, step, may_decay=False)
+        x, u = split(step.x, step), split(step.u, step, may_decay=False)
         key = step.y if step.y is not None else step.w if program.erase == "tied" else None
         same = x is not None and x.vector is key
         w = None if program.erase == "tied" else step.w  # one vector with y
@@ -87,7 +87,7 @@ def _operands(program: Program) -> Operands | str:
     return Operands(tuple(tensors), tuple(spec), tuple(scales))
 
 
-def _split(e: Expr | None, step: MicroStep, may_decay: bool = True) -> Operand | None:
+def split(e: Expr | None, step: MicroStep, may_decay: bool = True) -> Operand | None:
     """A product, taken apart into its numbers and the vector among its factors."""
     if e is None:
         return None
@@ -141,7 +141,7 @@ def blocks(prepared: Prepared, weights: Tensor) -> tuple[list[Tensor], Tensor]:
     found = operands(prepared.program)
     assert isinstance(found, Operands)
     prepared.evaluate([e for e in found.tensors if e not in prepared.raw])
-    tensors = [prepared.raw[e] if e in prepared.raw else _flat(prepared.values[e], e, given, heads) for e in found.tensors]
+    tensors = [prepared.raw[e] if e in prepared.raw else flat(prepared.values[e], e, given, heads) for e in found.tensors]
     logs = [step.log_decay for step in prepared.program.steps]
     if prepared.program.decay == "key":  # a decay per head among those per key gets channels, so that its gradient is summed over them
         for i, e in enumerate(found.tensors):
@@ -161,7 +161,7 @@ def _traced(first: Tensor, tensors: list[Tensor]) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or any(type(t) not in (Tensor, torch.nn.Parameter) for t in (first, *tensors))
 
 
-def _flat(x: Tensor, e: Expr, given: Inputs, heads: tuple[int, ...]) -> Tensor:
+def flat(x: Tensor, e: Expr, given: Inputs, heads: tuple[int, ...]) -> Tensor:
     """An evaluated expression (B, T, *heads, ...), with axes of one where it is constant, as (B, T, H, ...)."""
     lead = 2 + len(heads)
     x = x.reshape((1,) * (lead + e.meta.ndim - x.ndim) + x.shape)

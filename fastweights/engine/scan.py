@@ -13,7 +13,7 @@ from ..language.program import Program
 from ..language.roles import ROLES
 from ..language.rule import FORMS, RULES, Rule
 from ..language.trace import Trace
-from . import cpu, lowered, sequential
+from . import cpu, fla, lowered, sequential
 from .chunk import chunked
 from .coupled import coupled
 from .inputs import Inputs, check, may_look, one_of, require_rule, whole_number
@@ -21,7 +21,7 @@ from .parallel import parallel
 from .prepared import prepared
 from .recurrent import recurrent
 
-BACKENDS = ("torch", "cpu")
+BACKENDS = ("torch", "cpu", "fla")
 _COUPLED_CHUNK = 32  # tokens
 
 
@@ -66,7 +66,8 @@ def scan(
         state: W before the first token, (B, H, V, K); zero if not given. A tuple for a rule with several states.
         reset: bool (B, T): W returns to zero before these tokens (packed documents).
         form: ``recurrent``, ``parallel``, ``chunk`` or ``auto``. All give the same numbers, up to rounding.
-        backend: ``torch`` (any device), ``cpu`` (compiled: the chunk form of affine rules, the recurrent form of any) or ``auto``.
+        backend: ``torch`` (any device), ``cpu`` (compiled: the chunk form of affine rules, the recurrent form of any), ``fla`` (the
+            kernels of flash-linear-attention, if asked for, on a GPU) or ``auto``.
             ``form="recurrent"`` by itself runs the rule's body in torch, which is the reference.
         chunk_size: tokens a chunk, in the chunk form of torch.
         signals: by name, (B, T, H, ...); a signal may have fewer heads if their number divides H.
@@ -128,11 +129,11 @@ def run(given: Inputs, chosen: Plan) -> Output:
         assert program is not None
         size = given.T * program.n if chosen.form == "parallel" else program.n * (chosen.chunk_size or 1)
         form = parallel if chosen.form == "parallel" else lambda micro, weights: chunked(micro, weights, size)
-        engine = cpu.blocks if chosen.backend == "cpu" else lowered.blocks(form, size)
+        engine = {"cpu": cpu.blocks, "fla": fla.blocks}.get(chosen.backend) or lowered.blocks(form, size)
         y, states = lowered.run(program, given, engine)
     # what nothing was written to is still the caller's: nobody expects to change both
-    states = tuple(w.clone() if any(w is old for old in given.states) else w for w in states)
-    return Output(y.to(given.out), states if len(states) > 1 else states[0])
+    first, *others = (w.clone() if any(w is old for old in given.states) else w for w in states)
+    return Output(y.to(given.out), (first, *others) if others else first)
 
 
 def plan(
@@ -164,6 +165,8 @@ def choose(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Pl
         if form not in ("chunk", "auto"):
             raise SignalError(f"{rule.name}: chunk_size belongs to the chunk form, but form is {form!r}; leave one of them out")
     known = rule.trace_for(given.token_shapes())
+    if backend == "fla":
+        return _fla_plan(given, known, form, chunk_size)
     if known.coupled is not None and (form == "chunk" or chunk_size is not None or (form == "auto" and backend == "torch")):
         return _coupled_plan(given, known, backend, chunk_size)
     if known.program is None and form in ("parallel", "chunk"):
@@ -179,6 +182,19 @@ def choose(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Pl
         why = f"{affine}: the compiled kernels ({cpu.library().isa}) run it chunk by chunk"
         return Plan("chunk", "cpu", size, _flops(given, known, size), why)
     return _torch_plan(given, known, form, chunk_size, affine, "" if backend == "torch" else refused)
+
+
+def _fla_plan(given: Inputs, known: Trace, form: str, chunk_size: int | None) -> Plan:
+    """On the kernels of flash-linear-attention, which are chunkwise and choose the size of a chunk."""
+    if form not in ("auto", "chunk") or chunk_size is not None:
+        raise FormError("backend 'fla' has the chunk form with chunks of its own; leave form and chunk_size out")
+    refused = given.rule.explain(known) if known.program is None else fla.refusal(known.program, given)
+    if refused:
+        raise FormError(f"backend 'fla' is refused for rule {given.rule.name!r}: {refused}; leave backend='auto'")
+    assert known.program is not None
+    found = fla.arguments(known.program)
+    assert isinstance(found, fla.Arguments)
+    return Plan("chunk", "fla", None, _flops(given, known, 64), f"asked for: {found.function} of flash-linear-attention")
 
 
 def _coupled_plan(given: Inputs, known: Trace, backend: str, chunk_size: int | None) -> Plan:

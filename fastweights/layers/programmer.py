@@ -25,7 +25,8 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ShortConvolution(nn.Module):
-    """A causal convolution of each channel with its own few weights: y_t = sum_j w_j x_{t-j}, j < width.
+    """A causal convolution of each channel with its own few weights: y_t = sum_j w_j x_{t - width + 1 + j}, j < width:
+    the last weight is that of the present token.
 
     ``forward(x, state)``: x (B, T, C) and the last width - 1 inputs before it, (B, width - 1, C), zero if None. Returns y and
     the state after x. ``parts`` says what follows in the same pass over memory (see ``short_convolution``); before tokens

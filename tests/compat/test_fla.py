@@ -1,29 +1,15 @@
 """fla's functional interface: against its own token-by-token references, where fla-core is installed, and against itself."""
 
 import ast
-import importlib.metadata
-import importlib.util
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
+from references import operators, reference
 from torch.nn import functional as F
 
 import fastweights as fw
 from fastweights.compat import fla
-
-
-def reference(path, name):
-    """A function of fla-core by the path of its file: the package does not import without a GPU."""
-    try:
-        root = importlib.metadata.distribution("fla-core").locate_file("fla/ops")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("fla-core is not installed")
-    spec = importlib.util.spec_from_file_location(f"reference_{path.replace('/', '_')}", str(root / path / "naive.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
 
 
 def draw(T=37, H=2, K=8, V=5, channel=False, n=1):
@@ -222,12 +208,11 @@ def test_what_is_not_served_is_named(call, said):
 
 def theirs():
     """The order of arguments of every function of fla.ops, read from its source."""
-    try:
-        root = importlib.metadata.distribution("fla-core").locate_file("fla/ops")
-    except importlib.metadata.PackageNotFoundError:
+    root = operators()
+    if root is None:
         return {}
     found = {}
-    for path in sorted(Path(str(root)).glob("*/*.py")) + sorted(Path(str(root)).glob("*/dplr/*.py")):
+    for path in sorted(root.glob("*/*.py")) + sorted(root.glob("*/dplr/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and hasattr(fla, node.name) and not any(a.arg == "self" for a in node.args.args):
                 found[node.name] = [a.arg for a in node.args.args]

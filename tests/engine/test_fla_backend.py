@@ -3,11 +3,9 @@
 The loops are themselves held against the references in plain torch that its package has. Its kernels run on GPUs only.
 """
 
-import importlib.metadata
-import importlib.util
-
 import pytest
 import torch
+from references import reference
 from rows import AFFINE, R, name, state_for
 
 import fastweights as fw
@@ -130,17 +128,6 @@ def test_float32_where_a_kernel_refuses_it(monkeypatch):
     monkeypatch.setattr(fla, "unavailable", lambda device: "")
     with pytest.raises(fw.FormError, match="chunk_delta_rule does not take"):
         fw.plan(R.delta, **{n: x.float() for n, x in example(R.delta, 1, 3, 1, 4, 4).items()}, backend="fla")
-
-
-def reference(path, function):
-    try:
-        root = importlib.metadata.distribution("fla-core").locate_file("fla/ops")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("fla-core is not installed")
-    spec = importlib.util.spec_from_file_location(f"reference_{path.replace('/', '_')}", str(root / path / "naive.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, function)
 
 
 def test_the_loops_are_what_fla_computes():

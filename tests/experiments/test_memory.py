@@ -1,4 +1,4 @@
-"""Experiments about memory and sequences: the exact ones come out, the helpers do what they say; the trained ones are slow."""
+"""Experiments about memory and sequences, and the loop that experiments share: their helpers do what they say."""
 
 from __future__ import annotations
 
@@ -9,51 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastweights.experiments import capacity, carry_over, charlm, icl_regression, mqar, overwrite, painter, retrieval, scaling, timeseries
-from fastweights.experiments.experiment import EXPERIMENTS, Setting
+from fastweights.experiments import carry_over, mqar, overwrite, retrieval, timeseries
+from fastweights.experiments.experiment import Setting
 from fastweights.experiments.training import accuracy, fit, parameters, scores
 from fastweights.language.errors import FastWeightError
 from fastweights.models.language_model import LanguageModel, ModelConfig
 from fastweights.models.sequence_model import SequenceModel
-from fastweights.plots import save_figure
 from fastweights.tasks import InContextRegression, Overwrite, Retrieval
 
-MODULES = (capacity, carry_over, charlm, icl_regression, mqar, overwrite, painter, retrieval, scaling, timeseries)
-NAMES = [m.__name__.rpartition(".")[2].replace("_", "-") for m in MODULES]
-EXACT = ("capacity", "painter")
 QUICK = Setting("quick", 1)
-
-
-def came_out(result, path):
-    save_figure(result.figure, path / "figure.png")
-    assert (path / "figure.png").stat().st_size > 5000
-    assert result.findings
-    assert result.table
-    missed = [(f.what, f.mean, f.expected) for f in result.findings if not f.passed]
-    assert not missed
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_experiment_says_what_it_is(name):
-    e = EXPERIMENTS[name]
-    assert len(e.claim) > 30
-    assert e.cite
-    assert len(e.page) > 300
-    assert e.section in ("memory", "learning to learn", "sequences")
-    assert 0 < e.seconds["quick"] <= 60 < 1200
-    assert e.seconds["quick"] <= e.seconds["default"] <= 600
-    assert e.seconds["default"] <= e.seconds["full"]
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_exact(name, tmp_path):
-    came_out(EXPERIMENTS[name].run(QUICK), tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in EXACT])
-def test_quick(name, tmp_path):
-    came_out(EXPERIMENTS[name].run(QUICK), tmp_path)
 
 
 # ---- the loop
@@ -217,11 +181,11 @@ def test_a_recaller_is_causal_and_counts_its_state():
     assert accuracy(model, [(ids, model(ids)[0].argmax(-1))]) == 1.0
 
 
-def test_continuous_time_without_data(monkeypatch, tmp_path):
+def test_continuous_time_without_data(monkeypatch):
     def absent(**_):
         raise FastWeightError("this needs aeon")
 
     monkeypatch.setattr(timeseries, "TimeSeries", absent)
     result = timeseries.timeseries.run(QUICK)
-    came_out(result, tmp_path)
+    assert result.passed
     assert result.notes == "The exact part alone: this needs aeon"

@@ -134,7 +134,8 @@ def _draw(curves: dict[str, list[Tensor]]):
         bins = torch.stack(runs)[:, 1:].unflatten(1, (-1, width)).mean((0, 2))
         x = torch.arange(len(bins)) * width + width / 2
         style = ("-", "--")[i // len(COLOURS)]
-        right.plot(x, 2 * bins - 1, style, marker=".", color=COLOURS[i % len(COLOURS)], lw=1.5, label=name)
+        thick = 3.5 - 2.5 * i / max(len(curves) - 1, 1)  # thinner over thicker, as several lie at 1 and several at 0
+        right.plot(x, 2 * bins - 1, style, marker="o", ms=2 + thick, color=COLOURS[i % len(COLOURS)], lw=thick, label=name)
     right.axvspan(3, 40, color="0.9")
     right.text(44, 1.07, "grey: trained", fontsize=8)
     right.set_ylim(-0.1, 1.15)

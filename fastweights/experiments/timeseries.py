@@ -198,7 +198,8 @@ def _draw(
     axes[0].legend(frameon=False)
     for i, ((kind, name), runs) in enumerate(trained.items()):
         style = {"color": COLOURS[i % len(_RULES)], "ls": "-" if kind == "ode" else "--"}
-        axes[1].plot([100 * s for s in runs], [sum(a) / len(a) for a in runs.values()], "o", label=f"{kind} of {name}", **style)
+        label = f"{kind.upper()}, {labels[name].split(',')[0]}"
+        axes[1].plot([100 * s for s in runs], [sum(a) / len(a) for a in runs.values()], "o", label=label, **style)
     if trained:
         axes[1].set_xlabel(f"steps left out (%), {_SERIES}")
         axes[1].set_ylabel("accuracy on the test part")

@@ -88,7 +88,7 @@ def _task(parts: int, backward: bool, test: str = "") -> Continual:
 
 def _trained(entrant: Entrant, task: Continual, setting: Setting, seed: int, objective: str) -> tuple[Tensor, int]:
     """The accuracy of every question, (questions,), and the number of parameters."""
-    steps, batch, lr = setting.pick(quick=(600, 32, 5e-3), default=(600, 32, 5e-3), full=(50_000, 128, 1e-3))
+    steps, batch, lr = setting.pick(quick=(1000, 32, 5e-3), default=(600, 32, 5e-3), full=(50_000, 128, 1e-3))
     model = entrant.build(cast(VectorSource, task), setting.pick(quick=64, default=64, full=256), 2, seed, heads=4, conv=1)
     begin(model, task.ways, seed)
     told, source = f"{entrant.name} {objective} the term", cast(VectorSource, task)

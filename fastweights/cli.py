@@ -263,7 +263,7 @@ def _reproduce(options: Reproduce, console: Console) -> int:
     chosen = list(experiments().values()) if options.all else [find(name) for name in dict.fromkeys(options.names)]
     good = [_run_experiment(e, options, console) for e in chosen]
     if len(chosen) > 1:
-        _say(console, f"{sum(good)} of {len(chosen)} came out; all on one page: {write_page(options.runs, [e.name for e in chosen])}")
+        _say(console, f"{sum(good)} of {len(chosen)} came out; all on one page: {write_page(options.runs, list(experiments()))}")
     return 0 if all(good) else 1
 
 

@@ -138,7 +138,7 @@ class Reproduce:
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Experiments."""
     all: bool = False
-    """All of them."""
+    """All of them. More than one writes a page of all that have been run."""
     quick: bool = False
     """A small version, under a minute."""
     full: bool = False

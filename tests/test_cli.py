@@ -218,6 +218,8 @@ def test_several_experiments_share_a_page(here, capfd):
     assert "2 of 2 came out" in out
     page = (here / "runs/reproduce/index.html").read_text()
     assert page.count("<img") == 2
+    run(capfd, "reproduce", "successor-representation", "blocking", "--quick", "--seeds", "1")
+    assert (here / "runs/reproduce/index.html").read_text().count("<img") == 3  # of all that have been run
     code, _, err = run(capfd, "reproduce", "blocking", "--all")
     assert code == 2
     assert "not both" in err

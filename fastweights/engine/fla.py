@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..language.expr import Expr
 from ..language.program import Program
 from .cpu import Operand, flat, split
-from .inputs import Inputs
+from .inputs import Inputs, may_look
 from .lowered import Prepared
 
 # by decay and erase: the module of fla.ops and the function
@@ -37,6 +37,8 @@ _KERNELS = {
 }
 _GENERAL = ("generalized_delta_rule", "chunk_dplr_delta_rule")
 _SIXTEEN_BITS = ("chunk_delta_rule",)  # kernels that refuse float32
+_MOST_KEYS = 256  # of the kernels that erase
+_STRONGEST = -50.0  # log decay: they add up 64 of them before they take an exponential, in float32, where -inf - -inf is NaN
 Part = tuple[Expr | None, float]  # what is handed over, times a number; None is zero
 
 
@@ -105,9 +107,21 @@ def refusal(program: Program, given: Inputs) -> str:
     found = arguments(program)
     if isinstance(found, str):
         return found
+    if not may_look() or torch._C._len_torch_dispatch_stack() or any(type(x) is not Tensor for x in _plain(given)):
+        return "fla's kernels run outside of torch.compile and of the transforms of torch.func"
+    K, V = (given.V, given.K) if program.transposed else (given.K, given.V)
+    if program.erase != "none" and K > _MOST_KEYS:
+        return f"fla's {found.function} takes keys of up to {_MOST_KEYS} numbers, and these have {K}"
+    if program.erase == "none" and given.out.itemsize == 2 and (K % 2 or V % 2):
+        return f"fla's {found.function} takes even K and V in 16 bits, and these are {K} and {V}"
     if given.out == torch.float64 or (given.out == torch.float32 and found.function in _SIXTEEN_BITS):
         return f"fla's {found.function} does not take {given.out}; use bfloat16"
     return unavailable(given.device)
+
+
+def _plain(given: Inputs) -> list[Tensor]:
+    """Signals and states, parameters as the tensors that they are."""
+    return [x.data if type(x) is torch.nn.Parameter else x for x in (*given.signals.values(), *given.states)]
 
 
 def unavailable(device: torch.device) -> str:
@@ -135,7 +149,8 @@ def blocks(prepared: Prepared, weights: Tensor) -> tuple[list[Tensor], Tensor]:
     for name, parts in found.parts.items():
         each = [_whole(part, prepared, rooms.get(name, (first.shape[2],))) for part in parts]
         dtype = torch.float32 if name in ("g", "gk", "beta") else like.dtype
-        named[name] = torch.stack(each, 2).flatten(1, 2).to(dtype)
+        x = torch.stack(each, 2).flatten(1, 2).to(dtype)
+        named[name] = x.clamp(min=_STRONGEST) if name in ("g", "gk") else x
     q = _whole((program.reads[0].q, 1.0), prepared, (first.shape[2],)).to(like.dtype)
     named["q"] = q.repeat_interleave(n, 1)
     if found.function == "chunk_linear_attn":

@@ -162,10 +162,15 @@ def _heads(rule: Rule, given: dict[str, Tensor], w: Tensor | None) -> int:
     return H
 
 
+# roles that may be float32 beside 16-bit vectors, by the ends of their names
+_NUMBERS = ("Rate", "Gate", "Decay", "Scalar")
+
+
 def _dtype_and_device(rule: Rule, given: dict[str, Tensor]) -> tuple[torch.dtype, torch.device]:
     """One device; one dtype, except that numbers and decays may be float32 beside 16-bit vectors."""
     patterns = {n for n in given if rule.signals[n].role.name.endswith(("Query", "Key", "Value")) and not rule.signals[n].role.slow}
-    vectors = {n: x for n, x in given.items() if n in patterns} or given
+    others = {n: x for n, x in given.items() if not rule.signals[n].role.name.endswith(_NUMBERS)}
+    vectors = {n: x for n, x in given.items() if n in patterns} or others or given
     lead = next((n for n in vectors if rule.signals[n].role.name == "Value"), next(iter(vectors)))
     dtype, device = given[lead].dtype, given[lead].device
     for n, x in given.items():

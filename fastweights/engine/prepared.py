@@ -54,6 +54,11 @@ def _prepare(given: Inputs, from_zero: bool, time: bool) -> Call | None:
     return Call(given, found, [names[e] for e in found.tensors], from_zero, time)
 
 
+def _span(x: Tensor) -> int:
+    """Bytes from the first number to behind the last."""
+    return x.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
+
+
 class Call:
     """A prepared call: its C structures, in which only addresses change from call to call."""
 
@@ -80,9 +85,13 @@ class Call:
         assert lib is not None
         self.run, self.reference = lib.fastweights_forward if time else lib.fastweights_step, ctypes.byref(p)
 
-    def takes(self, out: Any) -> bool:
+    def takes(self, out: Any, W: Tensor) -> bool:
+        """Whether the new state may be written to ``out`` while W is read: it is W, or no part of it."""
         like = self.W_like
-        return isinstance(out, Tensor) and (out.shape, out.stride(), out.dtype) == (like.shape, like.stride(), like.dtype) and out.is_cpu
+        if not isinstance(out, Tensor) or (out.shape, out.stride(), out.dtype) != (like.shape, like.stride(), like.dtype) or not out.is_cpu:
+            return False
+        a, b = out.data_ptr(), W.data_ptr()
+        return a == b or a >= b + _span(W) or b >= a + _span(out)
 
     def __call__(self, W: Tensor | None, out: Tensor | None, signals: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What is read, and the new state, in ``out`` if given."""

@@ -132,8 +132,13 @@ def run(given: Inputs, chosen: Plan) -> Output:
         engine = {"cpu": cpu.blocks, "fla": fla.blocks}.get(chosen.backend) or lowered.blocks(form, size)
         y, states = lowered.run(program, given, engine)
     # what nothing was written to is still the caller's: nobody expects to change both
-    first, *others = (w.clone() if any(w is old for old in given.states) else w for w in states)
+    first, *others = (w.clone() if any(_shares(w, old) for old in given.states) else w for w in states)
     return Output(y.to(given.out), (first, *others) if others else first)
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory, also behind torch.vmap and torch.compile."""
+    return a is b or torch._C._is_alias_of(a, b)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def plan(

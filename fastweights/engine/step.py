@@ -34,7 +34,7 @@ def step(
         return Output(y.squeeze(1), state)
     if form == "auto" and backend in ("auto", "cpu") and isinstance(W, Tensor):
         call = prepared(rule, W, signals, time=False)
-        if call is not None and (out is None or call.takes(out)):
+        if call is not None and (out is None or call.takes(out, W)):
             return Output(*call(W, out, signals))
     given = check(rule, signals, W, time=False)
     y, state = run(given, choose(given, form, backend, None))

@@ -49,8 +49,7 @@ class ShortConvolution(nn.Module):
         state = x.new_zeros(x.shape[0], kept, x.shape[2]) if state is None else state.to(x.dtype)
         if reset is None or not bool(reset.any()):
             y = short_convolution(x, self.weight[:, 0], state, parts, self.bias)
-            new = min(x.shape[1], kept)
-            return y, torch.cat([state, x[:, x.shape[1] - new :]], 1)[:, new:].contiguous()
+            return y, torch.cat([state, x[:, -kept:]], 1)[:, -kept:].contiguous() if kept else state
         rows = [self._documents(x[b : b + 1], state[b : b + 1], parts, reset[b]) for b in range(x.shape[0])]
         return torch.cat([y for y, _ in rows]), torch.cat([after for _, after in rows])
 

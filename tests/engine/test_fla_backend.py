@@ -46,6 +46,7 @@ def loop(*, scale, initial_state, output_final_state, cu_seqlens=None, normalize
     if cu_seqlens is not None:
         assert B == 1
         pieces = [(0, i, j) for i, j in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+    assert all(x.isfinite().all() for x in named.values())  # the kernels take differences of sums of decays
     named = {n: x.float() * (scale if n == "q" else 1) for n, x in named.items()}
     rows, states = {}, []
     for n, (b, i, j) in enumerate(pieces):
@@ -122,6 +123,27 @@ def test_what_is_refused_says_why():
         fw.scan(R.gated_delta, **signals, backend="fla", chunk_size=8)
     with pytest.raises(fw.FormError, match="of a read of W"):
         fw.scan(R.softmax_delta, **{n: x.float() for n, x in example(R.softmax_delta, 1, 3, 1, 4, 4).items()}, backend="fla")
+
+
+@pytest.mark.parametrize("rule", [R.decayed_hebb, R.gated_delta, R.generalised_delta], ids=name)
+def test_forgetting_everything(asked, rule):
+    signals = {n: x.float() for n, x in example(rule, 1, 7, 2, 4, 3).items()}
+    signals["g"][:, 3] = -torch.inf
+    ours, theirs = (fw.scan(rule, **signals, backend=b) for b in ("torch", "fla"))
+    assert torch.allclose(ours.y, theirs.y, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(ours.state, theirs.state, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_kernels_do_not_take_is_refused_before(asked):
+    k = torch.zeros(1, 3, 1, 512)
+    with pytest.raises(fw.FormError, match="keys of up to 256 numbers, and these have 512"):
+        fw.plan(R.gated_delta, q=k, k=k, v=k, beta=k[..., 0], g=k[..., 0], backend="fla")
+    odd = torch.zeros(1, 3, 1, 5, dtype=torch.bfloat16)
+    with pytest.raises(fw.FormError, match="even K and V in 16 bits, and these are 5 and 5"):
+        fw.plan(R.hebb, q=odd, k=odd, v=odd, backend="fla")
+    x = torch.zeros(2, 1, 3, 1, 4)
+    with pytest.raises(fw.FormError, match="run outside of"):
+        torch.vmap(lambda k: fw.scan(R.hebb, q=k, k=k, v=k, backend="fla").y)(x)
 
 
 def test_float32_where_a_kernel_refuses_it(monkeypatch):

@@ -213,3 +213,31 @@ def test_a_state_that_nothing_changed_is_still_a_new_one(rule):
         for old, new in zip(start, parts(out)[1:], strict=True):
             assert torch.equal(old, new)
             assert old.data_ptr() != new.data_ptr()
+
+
+@fw.rule
+def still(W, k: fw.Key, v: fw.Value):
+    return W
+
+
+def test_no_way_of_running_returns_the_memory_of_the_caller():
+    k, W = torch.randn(1, 5, 1, 4), torch.randn(1, 1, 4, 4)
+
+    def run(W):
+        return fw.scan(still, q=k, k=k, v=k, state=W, backend="torch").state
+
+    for result in (run(W), torch.compile(run, backend="aot_eager")(W), fw.step(still, W, q=k[:, 0], k=k[:, 0], v=k[:, 0])[1]):
+        assert torch.equal(result, W)
+        result.zero_()
+        assert W.any()
+
+
+def test_a_state_may_be_written_over_a_part_of_the_old_one():
+    signals = {n: x[:, 0].float() for n, x in example(R.delta, 1, 1, 1, 16, 32).items()}
+    memory = torch.randn(34, 16)
+    for shift in (1, 2):
+        room = memory.clone()
+        W, out = room[None, None, :32], room[None, None, shift : 32 + shift]
+        expected = fw.step(R.delta, W.clone(), **signals)[1]
+        fw.step(R.delta, W, out=out, **signals)
+        assert torch.allclose(out, expected, atol=1e-6)

@@ -202,3 +202,15 @@ def test_what_says_what_is_erased_has_length_one(rule):
     y, state = fw.FastWeightLayer(rule, 16, heads=2)(30 * torch.randn(1, 400, 16))
     assert y.isfinite().all()
     assert state["W"].norm() < 100
+
+
+@fw.rule
+def gated_vectors(W, u: fw.ValueVector, w: fw.KeyVector, b: fw.Gate, g: fw.LogDecay):
+    W = b * g.exp() * W + fw.outer(u, w)
+    return W, W @ w
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_without_keys_and_values(dtype):
+    y, _ = fw.FastWeightLayer(gated_vectors, 32, heads=2).to(dtype)(torch.randn(2, 5, 32).to(dtype))
+    assert y.dtype == dtype

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import rules as catalogue
@@ -32,13 +33,15 @@ class Place:
 class Preset:
     """A published layer: the name of its rule, options of ``FastWeightLayer``, and signals that are made in a way of their own.
 
-    The maker of a signal is given the place of the layer and the makers' work so far, by signal.
+    The maker of a signal is given the place of the layer and the makers' work so far, by signal. ``begin`` sets where training begins,
+    where that is not as good as any.
     """
 
     rule: str
     cite: str
     options: Mapping[str, Any] = field(default_factory=dict)
     signals: Mapping[str, Callable[[Place, Mapping[str, Any]], nn.Module]] = field(default_factory=dict)
+    begin: Callable[[FastWeightLayer], None] | None = None
 
 
 class Complement(nn.Module):
@@ -56,6 +59,18 @@ def _bounded(place: Place, made: Mapping[str, Any]) -> decays.LowerBoundedDecay:
     return decays.LowerBoundedDecay(place.d_model, place.heads, place.d_key, place.index / max(place.depth, 1))
 
 
+def _sharp_keys(layer: FastWeightLayer) -> None:
+    """Keys, a softmax of P_0 times a softmax, begin as those of the identity: equal inputs have equal keys, different ones others.
+
+    Of random matrices of the usual size all keys are nearly uniform, what is written at one is read at all, and training does not begin.
+    """
+    slow = layer.programmer.slow
+    with torch.no_grad():
+        slow["P_0"].copy_(_SHARP * torch.eye(layer.d_key).expand_as(slow["P_0"]))
+        slow["Q_0"] *= _SHARP
+
+
+_SHARP = 8.0
 _RAW = {"conv": 1, "feature_map": "identity", "norm": "none", "values": "identity"}  # what the rule itself passes through a softmax
 _NORMALISED = {"conv": 1, "values": "identity", "output_norm": False, "output_gate": False}
 _DELTA = {"conv": 4, "feature_map": "silu", "norm": "l2"}
@@ -111,8 +126,8 @@ PRESETS: dict[str, Preset] = {
     "gdn2": Preset("erase_write", "Gated DeltaNet-2, 2026", {**_DELTA, "decay": "channel"}),
     "comba": Preset("comba", "Hu et al. 2025", {**_DELTA, "decay": "head"}),
     "longhorn": Preset("implicit_delta", "Liu et al. 2024", {**_DELTA, "norm": "none"}),
-    "srwm": Preset("srwm", _cite("srwm"), {**_RAW, "output_gate": False}),
-    "srwm_delta": Preset("srwm_delta", _cite("srwm_delta"), {**_RAW, "output_gate": False}),
+    "srwm": Preset("srwm", _cite("srwm"), {**_RAW, "output_gate": False}, begin=_sharp_keys),
+    "srwm_delta": Preset("srwm_delta", _cite("srwm_delta"), {**_RAW, "output_gate": False}, begin=_sharp_keys),
     "srwm_fixed": Preset("srwm_fixed", _cite("srwm_fixed"), {**_RAW, "output_gate": False}),
     "rdn": Preset("rdn", _cite("rdn"), {**_RAW, "output_gate": False}),
     "delta_rnn": Preset("delta_rnn", _cite("delta_rnn"), {**_RAW, "feature_map": "softmax", "output_gate": False}),
@@ -164,4 +179,8 @@ def layer_of(
     for signal, make in found.signals.items():
         if signal not in made:
             made[signal] = make(place, made)
-    return FastWeightLayer(rule_of(name), d_model, heads=heads, d_key=d_key, d_value=d_value, custom=made, **{**found.options, **options})
+    options = {**found.options, **options}
+    layer = FastWeightLayer(rule_of(name), d_model, heads=heads, d_key=d_key, d_value=d_value, custom=made, **options)
+    if found.begin is not None:
+        found.begin(layer)
+    return layer

@@ -152,3 +152,15 @@ def test_packed_documents_do_not_see_each_other(name):
     half, state = model(ids[:, :9], None, reset[:, :9])
     rest, _ = model(ids[:, 9:], state, reset[:, 9:])
     assert torch.allclose(torch.cat([half, rest], 1), packed, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["srwm", "srwm_delta"])
+def test_keys_of_self_reference_begin_sharp(name):
+    """Equal inputs have equal keys, and different ones different keys: of what is read, less than a third is read at another input."""
+    torch.manual_seed(0)
+    layer = layer_of(name, 32, heads=4)
+    phi = torch.nn.functional.one_hot(torch.arange(8), 8).float()
+    keys = torch.softmax(phi @ layer.programmer.slow["P_0"][1].mT, -1)
+    overlap = keys @ keys.mT
+    assert (overlap.diagonal() > 0.9).all()
+    assert (overlap - torch.diag(overlap.diagonal())).max() < 0.3

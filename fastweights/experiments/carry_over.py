@@ -31,7 +31,7 @@ _KEYS = 16  # of the stream of writes, and as many values, and writes to a segme
     section="memory",
     claim="State carried across segments helps the delta rule and decaying memories, and breaks the purely additive rule",
     cite="Schlag, Irie and Schmidhuber 2021, section 6.3",
-    quick=30, default=420, full=40_000,
+    quick=15, default=240, full=40_000,
 )  # fmt: skip
 def carry_over(setting: Setting) -> Result:
     """Without training: segments of N pairs, keys of length 1 in d = 64 dimensions, values of +1 and -1. At the end of a segment the pairs

@@ -129,6 +129,9 @@ def _draw(recall: Mapping[tuple[str, int], Sequence[float]], sizes: Mapping[tupl
         for n, r in runs.items():
             axes.plot([n] * len(r), r, ".", color=colour, ms=4)
     axes.axhline(2 / _VOCABULARY, color="#888888", lw=0.8, ls="--")
+    ticks = sorted({n for n, _ in sizes.values()})
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.minorticks_off()
     axes.set_ylim(0, 1.05)
     axes.set_xlabel(f"numbers of state ({pairs} pairs; dashed: chance)")
     axes.set_ylabel("recall")

@@ -62,7 +62,7 @@ def _bounded(place: Place, made: Mapping[str, Any]) -> decays.LowerBoundedDecay:
 def _sharp_keys(layer: FastWeightLayer) -> None:
     """Keys, a softmax of P_0 times a softmax, begin as those of the identity: equal inputs have equal keys, different ones others.
 
-    Of random matrices of the usual size all keys are nearly uniform, what is written at one is read at all, and training does not begin.
+    Of random matrices of the usual size all keys are nearly uniform, what is written at one is read at all, and training hardly begins.
     """
     slow = layer.programmer.slow
     with torch.no_grad():

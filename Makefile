@@ -1,10 +1,10 @@
 # make demo   check rules, train two small models on real text, compare them, write from one
-# make test   the fast suite; make test-slow the rest; make sanitize the kernels under sanitizers; make wheel a wheel, tried
+# make test   the fast suite; make test-slow the rest; make test-brian with Brian2; make sanitize the kernels under sanitizers; make wheel a wheel, tried
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow wheel sanitize lint types format clean
+.PHONY: demo test test-slow test-brian wheel sanitize lint types format clean
 
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 KERNELS := CMakeLists.txt $(wildcard fastweights/engine/csrc/*)
@@ -25,6 +25,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# exported synapses beside Brian2, which needs an older numpy than the constraints have
+test-brian: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target build/brian 'brian2>=2.9' 'numpy<2.4'
+	PYTHONPATH=build/brian $(BIN)/python -m pytest tests/neuro/test_synapses.py -k brian
 
 # a wheel for all instruction sets of this processor family, tried in an environment of its own
 wheel: $(STAMP)

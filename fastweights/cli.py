@@ -147,14 +147,14 @@ def _check(options: Check, console: Console) -> int:
 
 def _train(options: Train, console: Console) -> int:
     from .train.loop import Interrupted, train
+    from .train.processes import tells
 
+    console = console if tells() else Console(quiet=True)
     try:
         result = train(options, console)
     except Interrupted as stop:
         _say(console, str(stop))
         return 128 + stop.signal_number
-    if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun the first one tells
-        return 0
     _say(console, f"done: {result.folder}  (loss curve: {result.folder}/figures/loss.png)")
     if options.task == "text":
         _say(console, f"generate from it: fastweights generate {result.folder}" + _own(options))

@@ -37,9 +37,11 @@ class Point(NamedTuple):
 def compare(config: TrainConfig, rules: Sequence[str], sizes: Sequence[int], seeds: int, console: Console) -> list[Point]:
     """Train every rule at every size with every seed; each is a run of its own, ``RUNS/compare-TASK/RULE-SIZE-SEED``.
 
-    ``config`` gives everything but the rule, the size and the seed. A run that was cut off goes on where it was.
+    A word of ``rules`` is a rule or several with commas; a+b is one model whose layers are both, in turn. ``config`` gives everything
+    but the rule, the size and the seed. A run that was cut off goes on where it was.
     """
-    if not rules or not sizes or seeds < 1:
+    rules = [rival.strip() for words in rules for rival in words.split(",")]
+    if not all(rules) or not rules or not sizes or seeds < 1:
         raise FastWeightError("compare needs at least one rule, one size and one seed")
     from .train.loop import train
 
@@ -48,8 +50,8 @@ def compare(config: TrainConfig, rules: Sequence[str], sizes: Sequence[int], see
     for rule in rules:
         for size in sizes:
             for seed in range(seeds):
-                name = f"{rule.replace(',', '+').replace(' ', '')}-{size}-{seed}"
-                run = dataclasses.replace(config, rule=rule, d_model=size, seed=seed, runs=str(folder), name=name)
+                name = f"{rule.replace(' ', '')}-{size}-{seed}"
+                run = dataclasses.replace(config, rule=rule.replace("+", ","), d_model=size, seed=seed, runs=str(folder), name=name)
                 run = dataclasses.replace(run, resume=last_checkpoint(run.folder()) is not None)
                 with console.status(f"{rule}, d_model {size}, seed {seed}"):
                     result = train(run, Console(quiet=True))

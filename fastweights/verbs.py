@@ -76,12 +76,12 @@ class Generate:
 class Compare:
     """Train several rules alike on one task, at several sizes: a table, and a figure of how well against how large.
 
-    Example: fastweights compare --task mqar --rules hebb gated_delta kda softmax --sizes 16 32 64
+    Example: fastweights compare --task mqar --rules hebb,gated_delta,kda,softmax --sizes 16 32 64
     """
 
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     rules: tuple[str, ...] = ("hebb", "gated_delta", "softmax")
-    """Presets, systems or rules; with commas one pattern of layers."""
+    """Presets, systems or rules, with commas or spaces; gated_delta+softmax is one model of both layers."""
     sizes: tuple[int, ...] = (32, 64)
     """Of the residual stream."""
     seeds: int = 1

@@ -1,5 +1,6 @@
 """The command line, as a person uses it."""
 
+import csv
 import io
 import json
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from fastweights import cli
 from fastweights.bench import scans
 from fastweights.engine.kernels import library
+from fastweights.train.processes import tells
 
 RULES = """
 import torch
@@ -223,3 +225,31 @@ def test_several_experiments_share_a_page(here, capfd):
     code, _, err = run(capfd, "reproduce", "blocking", "--all")
     assert code == 2
     assert "not both" in err
+
+
+@pytest.mark.parametrize("words", [["hebb,gated_delta+softmax"], ["hebb", "gated_delta+softmax"]], ids=["commas", "spaces"])
+def test_compare_trains_every_rival_alike(here, capfd, words):
+    small = ("--sizes", "16", "--depth", "2", "--steps", "2", "--heads", "2")
+    code, out, _ = run(capfd, "compare", "--task", "mqar:pairs=2,tokens=16", "--rules", *words, *small)
+    assert code == 0
+    folder = here / "runs/compare-mqar"
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert [row["rule"] for row in rows] == ["hebb", "gated_delta+softmax"]
+    assert (folder / "figure.pdf").stat().st_size > 5000
+    assert "accuracy" in out
+
+
+def test_compare_without_a_rival(here, capfd):
+    code, _, err = run(capfd, "compare", "--task", "mqar", "--rules", "hebb,", "--sizes", "16")
+    assert code == 2
+    assert "at least one rule" in err
+
+
+def test_of_the_processes_of_torchrun_the_first_tells(monkeypatch):
+    assert tells()
+    monkeypatch.setenv("RANK", "1")
+    assert tells()  # alone, whatever else set it
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not tells()
+    monkeypatch.setenv("RANK", "0")
+    assert tells()

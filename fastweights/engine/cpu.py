@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -149,16 +149,16 @@ def blocks(prepared: Prepared, weights: Tensor) -> tuple[list[Tensor], Tensor]:
                 tensors[i] = tensors[i].unsqueeze(-1).expand(*tensors[i].shape, weights.shape[-1])
     first = weights.flatten(1, len(heads))
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, first))
-    if _traced(first, tensors):
+    if traced((first, *tensors)):
         out, last, *_ = torch.ops.fastweights.scan(tensors, first, given.reset, found.spec, found.scales, given.out, save)
     else:
         out, last = _Scan.apply(first, given.reset, found.spec, found.scales, given.out, save, *tensors)  # type: ignore[misc]
     return [o.unflatten(2, heads) for o in out.unbind()], last.unflatten(1, heads)
 
 
-def _traced(first: Tensor, tensors: list[Tensor]) -> bool:
+def traced(tensors: Iterable[Tensor]) -> bool:
     """Whether someone records what runs, who must see one operator."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(type(t) not in (Tensor, torch.nn.Parameter) for t in (first, *tensors))
+    return torch._C._len_torch_dispatch_stack() > 0 or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def flat(x: Tensor, e: Expr, given: Inputs, heads: tuple[int, ...]) -> Tensor:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..language.expr import Expr
 from ..language.program import Program
-from .cpu import Operand, flat, split
+from .cpu import Operand, flat, split, traced
 from .inputs import Inputs, may_look
 from .lowered import Prepared
 
@@ -107,7 +107,7 @@ def refusal(program: Program, given: Inputs) -> str:
     found = arguments(program)
     if isinstance(found, str):
         return found
-    if not may_look() or torch._C._len_torch_dispatch_stack() or any(type(x) is not Tensor for x in _plain(given)):
+    if not may_look() or traced((*given.signals.values(), *given.states)):
         return "fla's kernels run outside of torch.compile and of the transforms of torch.func"
     K, V = (given.V, given.K) if program.transposed else (given.K, given.V)
     if program.erase != "none" and K > _MOST_KEYS:
@@ -117,11 +117,6 @@ def refusal(program: Program, given: Inputs) -> str:
     if given.out == torch.float64 or (given.out == torch.float32 and found.function in _SIXTEEN_BITS):
         return f"fla's {found.function} does not take {given.out}; use bfloat16"
     return unavailable(given.device)
-
-
-def _plain(given: Inputs) -> list[Tensor]:
-    """Signals and states, parameters as the tensors that they are."""
-    return [x.data if type(x) is torch.nn.Parameter else x for x in (*given.signals.values(), *given.states)]
 
 
 def unavailable(device: torch.device) -> str:

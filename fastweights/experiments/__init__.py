@@ -20,6 +20,7 @@ MODULES: tuple[str, ...] = (
     "fastweights.experiments.word_problems",
     "fastweights.experiments.formal_languages",
     "fastweights.experiments.hybrid",
+    "fastweights.experiments.hybrid_modular",
     "fastweights.experiments.code_listops",
     "fastweights.experiments.icl_regression",
     "fastweights.experiments.fewshot",

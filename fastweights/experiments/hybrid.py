@@ -74,8 +74,8 @@ def hybrid(setting: Setting) -> Result:
     batches for the same number of steps, or fewer in recall once the loss is below 0.02; parameters agree to a sixth. "Solves" is 0.95
     or more, "does not" 0.1 or less for parity and less than 0.95 for recall.
 
-    The paper has larger models and modular arithmetic too (synchronous 0.97, delayed stream 0.28, delayed chunk 0.01), not run here. The
-    quick size compares the three hybrids on both tasks, and fast weights alone on recall.
+    The paper has larger models, and modular arithmetic: see hybrid-modular. The quick size compares the three hybrids on both tasks, and
+    fast weights alone on recall.
     """
     findings, table, ages = _untrained(setting)
     rows = [r for r in ROWS if r.name in _QUICK or setting.size != "quick"]

@@ -15,11 +15,11 @@ from ..tasks.arithmetic import SYMBOLS, Modular
 from ..tasks.source import IGNORED
 from .entrants import CHANCE, SOLVED, Entrant, scaled
 from .experiment import Finding, Result, Setting, experiment
-from .training import accuracy, fit, parameters
+from .training import ShortFirst, accuracy, fit, parameters
 
 _MODULI = (3, 5, 7)
 _PLUS, _MINUS, _TIMES, _OPENS, _CLOSES, _EQUALS = range(len(SYMBOLS))
-_TRAINED, _TESTED = (1, 40), (41, 80)  # symbols of an expression
+SHORT, TRAINED, TESTED = (1, 9), (1, 40), (41, 80)  # symbols of an expression
 
 
 class _Row(NamedTuple):
@@ -78,10 +78,10 @@ def modular(setting: Setting) -> Result:
             by_length, size = _trained(row, setting, seed)
             runs.append(by_length)
         found[row.name] = {where: [run[where] for run in runs] for where in runs[0]}
-        far = found[row.name][_said(_TESTED)]
+        far = found[row.name][_said(TESTED)]
         bounds = {"low": SOLVED} if row.solves else {"high": SOLVED if row.brackets else CHANCE}
         expected = "1.00" if row.solves else "below 0.95" if row.brackets else "about 0"
-        what = f"Z_3 trained, {row.name}: scaled accuracy at {_said(_TESTED)} symbols"
+        what = f"Z_3 trained, {row.name}: scaled accuracy at {_said(TESTED)} symbols"
         if row.claimed or setting.size == "full":
             findings.append(Finding(what, far, expected, source="paper", **bounds))
         table += [
@@ -167,28 +167,9 @@ def _share(told: Tensor, targets: Tensor) -> float:
 # -- with training
 
 
-class _ShortFirst(NamedTuple):
-    """Short expressions for the first half of training, all for the second."""
-
-    steps: int
-    brackets: bool
-
-    @property
-    def vocabulary(self) -> int:
-        return self.task(_TRAINED).vocabulary
-
-    @property
-    def identity(self) -> str:
-        return "modular, short expressions first"
-
-    def task(self, lengths: tuple[int, int]) -> Modular:
-        return Modular(modulus=3, multiply=False, brackets=self.brackets, lengths=lengths)
-
-    def batch(self, seed: int, step: int, size: int, length: int = 0) -> tuple[Tensor, Tensor]:
-        return self.task((1, 9) if 2 * step < self.steps else _TRAINED).batch(seed, step, size)
-
-    def validation(self, size: int, length: int = 0):
-        yield from self.task(_TRAINED).validation(size)
+def expressions(lengths: tuple[int, int], brackets: bool = False) -> Modular:
+    """Sums and differences modulo 3 of so many symbols."""
+    return Modular(modulus=3, multiply=False, brackets=brackets, lengths=lengths)
 
 
 def _said(lengths: tuple[int, int]) -> str:
@@ -198,12 +179,12 @@ def _said(lengths: tuple[int, int]) -> str:
 def _trained(row: _Row, setting: Setting, seed: int) -> tuple[dict[str, float], int]:
     """Scaled accuracy by length, and the number of parameters."""
     steps, batch = setting.pick(quick=(1000, 32), default=(1500, 32), full=(20_000, 256))
-    source = _ShortFirst(steps, row.brackets)
+    source = ShortFirst(expressions(SHORT, row.brackets), expressions(TRAINED, row.brackets), steps)
     model = row.entrant.build(source, setting.pick(quick=64, default=64, full=128), 1, seed, heads=4, conv=2, d_hidden=0)
     lr = setting.pick(quick=1e-2, default=1e-2, full=3e-3)
     fit(model, source, steps, batch=batch, lr=lr, seed=seed, cosine=True, setting=setting, name=row.name)
-    lengths = (_TRAINED, _TESTED, (128, 256))
-    return {_said(n): scaled(accuracy(model, source.task(n).validation(128)), 1 / 3) for n in lengths}, parameters(model)
+    lengths = (TRAINED, TESTED, (128, 256))
+    return {_said(n): scaled(accuracy(model, expressions(n, row.brackets).validation(128)), 1 / 3) for n in lengths}, parameters(model)
 
 
 def _draw(shares: dict[tuple[str, str], list[float]], found: dict[str, dict[str, list[float]]]) -> Any:

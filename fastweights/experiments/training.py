@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,35 @@ def fit(
             break
     model.eval()
     return losses
+
+
+@dataclass(frozen=True)
+class ShortFirst:
+    """Tokens of ``short`` for the first half of so many steps of training, those of ``long`` for the second.
+
+    >>> from fastweights.tasks import Parity
+    >>> source = ShortFirst(Parity(lengths=(3, 5)), Parity(lengths=(30, 40)), steps=10)
+    >>> [source.batch(0, step, 2)[0].shape[1] > 20 for step in (0, 4, 5, 9)]
+    [False, False, True, True]
+    """
+
+    short: Source
+    long: Source
+    steps: int
+
+    @property
+    def vocabulary(self) -> int:
+        return self.long.vocabulary
+
+    @property
+    def identity(self) -> str:
+        return f"{self.short.identity}, then {self.long.identity}"
+
+    def batch(self, seed: int, step: int, size: int, length: int = 0) -> tuple[Tensor, Tensor]:
+        return (self.short if 2 * step < self.steps else self.long).batch(seed, step, size, length)
+
+    def validation(self, size: int, length: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from self.long.validation(size, length)
 
 
 def _along(step: int, steps: int) -> float:

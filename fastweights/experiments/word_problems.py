@@ -17,7 +17,7 @@ from ..tasks.groups import Group, Words, group
 from ..tasks.source import VALIDATION_SEED
 from .entrants import SOLVED, Entrant, right_by_token
 from .experiment import Finding, Result, Setting, experiment
-from .training import fit, parameters
+from .training import ShortFirst, fit, parameters
 
 _TRAINED, _TESTED = 32, 128  # elements of a word
 
@@ -235,25 +235,10 @@ def _share(hits: Tensor) -> float:
 # -- training
 
 
-@dataclass(frozen=True)
-class _ShortFirst:
-    """Short words for the first half of training, words of up to 32 elements for the second."""
-
-    steps: int
-    vocabulary: int = 7
-    identity: str = "words of S_3, short ones first"
-
-    def batch(self, seed: int, step: int, size: int, length: int = 0) -> tuple[Tensor, Tensor]:
-        return Words(group="S_3", lengths=(1, 8 if 2 * step < self.steps else _TRAINED)).batch(seed, step, size)
-
-    def validation(self, size: int, length: int = 0):
-        yield from Words(group="S_3", lengths=(_TRAINED, _TRAINED)).validation(size)
-
-
 def _trained(entrant: Entrant, setting: Setting, seed: int) -> tuple[Tensor, int]:
     """Accuracy at every element of long words, and the number of parameters."""
     steps, batch = setting.pick(quick=(800, 32), default=(1600, 32), full=(20000, 256))
-    source = _ShortFirst(steps)
+    source = ShortFirst(*(Words(group="S_3", lengths=(1, most)) for most in (8, _TRAINED)), steps)
     model = entrant.build(source, setting.pick(quick=72, default=72, full=128), 1, seed, heads=4, conv=1, d_hidden=0)
     lr = setting.pick(quick=1e-2, default=1e-2, full=3e-3)
     fit(model, source, steps, batch=batch, lr=lr, seed=seed, cosine=True, setting=setting, name=entrant.name)

@@ -60,6 +60,8 @@ class HybridAttention(nn.Module):
             raise SignalError(f"window is {window}, expected at least 1 token")
         if len(rule.states) > 1 or not {"q", "k", "v"} <= rule.signals.keys():
             raise SignalError(f"a hybrid needs a rule of one state with q, k and v, and {rule.name} has {', '.join(rule.signals)}")
+        if rule.signals["k"].sets is not None:
+            raise SignalError(f"a hybrid needs a rule with one key a token, which attention shares, and {rule.name} has several")
         self.rule, self.d_model, self.heads, self.window, self.kind, self.mix = rule, d_model, heads, window, kind, mix
         size = d_model // heads
         self.programmer = Programmer(

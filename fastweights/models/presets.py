@@ -66,7 +66,7 @@ def _sharp_keys(layer: FastWeightLayer) -> None:
     """
     slow = layer.programmer.slow
     with torch.no_grad():
-        slow["P_0"].copy_(_SHARP * torch.eye(layer.d_key).expand_as(slow["P_0"]))
+        slow["P_0"].copy_(_SHARP * torch.eye(slow["P_0"].shape[-1]).expand_as(slow["P_0"]))
         slow["Q_0"] *= _SHARP
 
 

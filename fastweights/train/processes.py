@@ -111,6 +111,15 @@ def whole(x: Tensor) -> Tensor:
     return x.detach().full_tensor() if isinstance(x, DTensor) else x
 
 
+def tells() -> bool:
+    """Whether this process is the one that a person reads: the only one, or the first of those that ``torchrun`` started."""
+    return _alone() or int(os.environ["RANK"]) == 0
+
+
+def _alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
 @contextmanager
 def processes(device: str = "cpu") -> Iterator[Processes]:
     """The processes that ``torchrun`` started (RANK, WORLD_SIZE, ... in the environment), connected; or this one alone.
@@ -120,7 +129,7 @@ def processes(device: str = "cpu") -> Iterator[Processes]:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise FastWeightError("--device is cuda, and torch finds no CUDA device here; expected cpu, or an installation of torch with CUDA")
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not dist.is_initialized() and _alone():
         yield Processes(device=torch.device(device))
         return
     place = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)

@@ -62,10 +62,3 @@ def test_exact_part():
     findings, table, shares = modular._untrained(QUICK)
     assert not [f.what for f in findings if not f.passed]
     assert len(table) == len(shares) == 3 * len(findings) // 2
-
-
-def test_short_expressions_come_first():
-    source = modular._ShortFirst(10, brackets=True)
-    assert source.batch(0, 0, 64)[0].shape[1] <= 10
-    assert source.batch(0, 9, 64)[0].shape[1] > 30
-    assert source.vocabulary == 9

@@ -8,20 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastweights.experiments.rl import (
-    _SHORTEST,
-    _TRAINED,
-    AGENTS,
-    Construction,
-    Filter,
-    Reader,
-    ThreeFactors,
-    Watched,
-    _Corridors,
-    chances,
-    gained,
-    play,
-)
+from fastweights.experiments.bandit import AGENTS, Filter, ThreeFactors, Watched, chances, play
+from fastweights.experiments.rl import _SHORTEST, _TRAINED, Construction, Reader, _Corridors, gained
 from fastweights.models.language_model import ModelConfig
 from fastweights.models.sequence_model import SequenceModel
 from fastweights.tasks.environments import DOWN, RIGHT, UP, Bandit, TMaze

@@ -94,6 +94,8 @@ def test_bad_options_are_refused():
     ):  # fmt: skip
         with pytest.raises(fw.SignalError, match=match):
             HybridAttention(fw.rules.delta, 8, **{"heads": 2, **options})
+    with pytest.raises(fw.SignalError, match="one key a token"):
+        HybridAttention(fw.rules.delta * 2, 8, heads=2)
     with pytest.raises(fw.SignalError, match="one state"):
         HybridAttention(fw.rules.normalised_hebb, 8, heads=2)
 

@@ -158,6 +158,7 @@ def test_packed_documents_do_not_see_each_other(name):
 def test_keys_of_self_reference_begin_sharp(name):
     """Equal inputs have equal keys, and different ones different keys: of what is read, less than a third is read at another input."""
     torch.manual_seed(0)
+    assert layer_of(name, 32, heads=4, feature_map="dpfp:1")(torch.randn(1, 3, 32))[0].isfinite().all()
     layer = layer_of(name, 32, heads=4)
     phi = torch.nn.functional.one_hot(torch.arange(8), 8).float()
     keys = torch.softmax(phi @ layer.programmer.slow["P_0"][1].mT, -1)

@@ -42,8 +42,7 @@ struct Backward {
     float *turned, *dlog;           // a product with tokens along rows; [C][Kp]
     double log_of_head[C];
 
-    static int64_t most_tokens(const Problem& p) { return C / (p.n > p.reads ? p.n : p.reads); }
-    static int64_t slots(const Problem& p) { return p.segment / most_tokens(p) + 2; }
+    static int64_t slots(const Problem& p) { return p.segment / Part::most_tokens(p) + 2; }
     static int64_t size(const Problem& p) {
         Layout at(p);
         return Part::size(at) + (slots(p) + 2) * at.state() + (4 * C + 2 * EVENTS) * at.Vp + 4 * C * EVENTS +
@@ -81,7 +80,7 @@ struct Backward {
             const bool anew = starts_anew(p, b, token);
             start[chunks] = anew ? zeros : chunks == 0 ? checkpoint : slot - at.state();
             first[chunks] = token;
-            int count = next_chunk(p, b, token, end);
+            int count = next_chunk(p, Part::most_tokens(p), b, token, end);
             token += count;
             if (token == end || starts_anew(p, b, token)) continue;
             chunk.load_keys(first[chunks], count, false);
@@ -178,9 +177,9 @@ struct Backward {
 
     // weight_re = do_r . val_e, zero where r does not see e
     void weights(int from) {
-        for (int r = from; r < 2 * C; r += 8)
+        for (int r = from; r < 2 * C; r += 2 * MR)
             for (int e = 0; e < EVENTS && r % C < (r < C ? chunk.steps : chunk.reads); e += L)
-                tile<8, 1, ZERO>(weight + r * EVENTS + e, EVENTS, given + r * at.Vp, at.Vp, 1, values_turned + e, EVENTS, at.Vp, nullptr, nullptr, 0);
+                tile<2 * MR, 1, ZERO>(weight + r * EVENTS + e, EVENTS, given + r * at.Vp, at.Vp, 1, values_turned + e, EVENTS, at.Vp, nullptr, nullptr, 0);
         each_reader([&](int r, int seen) {
             for (int e = 0; e < EVENTS; e += L) {
                 float* w = weight + r * EVENTS + e;
@@ -218,6 +217,16 @@ struct Backward {
                 for (int v = 0; v < at.panel; v += L) products[j] += load(S + of + v) * load(dS + of + v);
             }
         return sums(products);
+    }
+
+    // the products of SUMMED numbers of S with those of dS, summed to a vector
+    static constexpr int SUMMED = 8 * L;
+    INLINE vec products_with_dS(const float* S, int64_t at) const {
+        vec sum[4] = {};
+        for (int i = 0; i < SUMMED; i += 4 * L)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) sum[j] += load(S + at + i + j * L) * load(dS + at + i + j * L);
+        return (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
 
     // What passes through the start or the end of the chunk: decays dreaders and dkeys, and begins dlog.
@@ -260,7 +269,7 @@ struct Backward {
         const int steps = chunk.steps;
         float taken[2 * C], left_there[EVENTS];
         double whole = 0, later = 0, earlier = 0;
-        for (int k = 0; k < at.Kp; k += L) whole += sum_exactly(row_sums(S, k));
+        for (int64_t i = 0; i < at.state(); i += SUMMED) whole += sum_exactly(products_with_dS(S, i));
         whole *= chunk.left[steps];
         row_products(taken, dreaders, chunk.scaled, at.Kp, 2 * C, at.Kp);
         row_products(left_there, dkeys, chunk.ends, at.Kp, EVENTS, at.Kp);

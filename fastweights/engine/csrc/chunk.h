@@ -61,6 +61,7 @@ struct Chunk {
     const bool outside;
     const bool x_is_key;        // every x is the key itself: then x is not copied where nothing is scaled
 
+    static int64_t most_tokens(const Problem& p) { return C / (p.n > p.reads ? p.n : p.reads); }
     static int64_t size(const Layout& at) { return (6 * C + 2 * EVENTS + 3 * C + 1) * at.Kp + EVENTS * at.Vp + 2 * C * EVENTS + 256; }
 
     Chunk(const Problem& problem, const Layout& layout, Scratch& memory, bool numbers_outside)
@@ -105,10 +106,7 @@ struct Chunk {
         for (int j = 0; j < n; j++) {
             const Tensor& t = head.micro[j].*which;
             const float by = scale ? static_cast<float>(head.micro[j].*scale) : 1.0f;
-            const Type type = static_cast<Type>(t.type);
-            const float* single = t && type == F32 ? reinterpret_cast<const float*>(t.data) + token * t.time : nullptr;
-            for (int i = j, r = 0; i < steps; i += n, r++)
-                out[i] = by * (single ? single[r * t.time] : t ? load_one(t.data, (token + r) * t.time, type) : absent);
+            load_numbers(out + j, t, token * t.time, tokens, by, absent, n);
         }
     }
 
@@ -132,7 +130,7 @@ struct Chunk {
 
     // Everything of `count` tokens but their values.
     void load_keys(int64_t first, int count, bool with_readers) {
-        ahead = C / (n > per_token ? n : per_token);
+        ahead = most_tokens(p);
         if (first < token) ahead = -ahead;
         next.clear();
         token = first, tokens = count, steps = count * n, reads = count * per_token;
@@ -374,8 +372,8 @@ struct Chunk {
 };
 
 // The tokens of the next chunk: as many as fit, up to the end of the segment and to the next reset.
-INLINE int next_chunk(const Problem& p, int64_t b, int64_t token, int64_t end) {
-    int64_t most = C / (p.n > p.reads ? p.n : p.reads), last = token + most < end ? token + most : end;
+INLINE int next_chunk(const Problem& p, int64_t most, int64_t b, int64_t token, int64_t end) {
+    int64_t last = token + most < end ? token + most : end;
     if (p.reset)
         for (int64_t t = token + 1; t < last; t++)
             if (p.reset[b * p.reset_batch + t * p.reset_time]) return t - token;

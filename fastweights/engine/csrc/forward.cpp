@@ -9,7 +9,7 @@
 // Every head is a task of its own; each column of S only ever meets itself, so results do not depend on threads or batch.
 #include <type_traits>
 
-#include "chunk.h"
+#include "usual.h"
 
 namespace fw {
 
@@ -21,7 +21,6 @@ struct Forward {
     Layout at;
     Scratch memory;
     Part chunk;
-    const bool usual;  // one micro-step a token, and its query reads after it
     float *S, *out, *turned, *back;
 
     static int64_t size(const Problem& p) {
@@ -29,63 +28,31 @@ struct Forward {
         return Part::size(at) + at.state() + 2 * C * at.Vp + 2 * C * (at.Vp + at.Kp) + 1024;
     }
 
-    explicit Forward(const Problem& problem) : p(problem), at(p), memory{scratch(size(p))}, chunk(p, at, memory, OUTSIDE),
-          usual(p.n == 1 && p.reads == 1 && p.read[0].version == 1 && !p.backward_reads) {
+    explicit Forward(const Problem& problem) : p(problem), at(p), memory{scratch(size(p))}, chunk(p, at, memory, OUTSIDE) {
         S = memory.take(at.state()), out = memory.take(2 * C * at.Vp);
         turned = memory.take(C * at.Vp), back = memory.take(C * at.Kp);
     }
 
-    void head(int64_t b, int64_t h) {
-        chunk.head.enter(p, p.micro, p.read, b, h);
-        load_state(at, S, p.first, b, h);
-        const int64_t row = b * p.H + h, segments = (p.T + p.segment - 1) / p.segment;
-        for (int64_t t = 0; t < p.T;) {
-            if (starts_anew(p, b, t)) std::memset(S, 0, sizeof(float) * at.state());
-            if (p.checkpoints && t % p.segment == 0)
-                std::memcpy(p.checkpoints + (row * segments + t / p.segment) * at.state(), S, sizeof(float) * at.state());
-            int64_t end = (t / p.segment + 1) * p.segment;
-            int count = next_chunk(p, b, t, end < p.T ? end : p.T);
-            chunk.load_keys(t, count, true);
-            run(row);
-            t += count;
-        }
-        store_state(at, S, p.last, b, h);
-    }
+    static int64_t most_tokens(const Problem& p) { return Part::most_tokens(p); }
+    Head& head() { return chunk.head; }
 
-    void run(int64_t row) {
+    void run(int64_t token, int count, int64_t row) {
+        chunk.load_keys(token, count, true);
         if (ERASE != NO_ERASE || !p.backward_reads) chunk.scores();
         chunk.load_u(chunk.values + (ERASE == FREE ? C * at.Vp : 0));
         float* saved = p.values && ERASE != NO_ERASE ? p.values + (row * p.T + chunk.token) * p.n * at.Vp : nullptr;
-        if (!usual) return run_any(saved);
-        for (int n = 0; n < at.panels; n++) {  // all that is done with a panel of S, while it is in the first cache
-            read({n, n + 1});
-            solve<true>({n, n + 1}, saved);
-            write({n, n + 1});
-        }
-        read_queries();
-    }
-
-    void run_any(float* saved) {
-        read(all(at));
-        if (ERASE != NO_ERASE) solve<false>(all(at), saved);
+        if (ERASE != NO_ERASE) read_rows(chunk.next, at, all(at), out, chunk.x_rows(), S, chunk.steps);
+        if (!p.backward_reads) read_rows(chunk.next, at, all(at), out + C * at.Vp, chunk.q_rows(), S, chunk.reads);
+        if (ERASE != NO_ERASE) solve(saved);
         if (p.backward_reads) read_back_queries();
         else read_queries();
         decay_values();
-        write(all(at));
+        chunk.write(all(at), S, S, chunk.ends_rows());
     }
 
-    void read(Panels of) {
-        if (ERASE != NO_ERASE) read_rows(chunk.next, at, of, out, chunk.x_rows(), S, chunk.steps);
-        if (!p.backward_reads) read_rows(chunk.next, at, of, out + C * at.Vp, chunk.q_rows(), S, chunk.reads);
-    }
-
-    void write(Panels of) { chunk.write(of, S, S, chunk.ends_rows()); }
-
-    // A vector of columns at a time, the values of the chunk in registers; `READ`: query r sees the events up to r, and the values
-    // are left as much decayed as they will be at the end of the chunk.
-    template <bool READ>
-    void solve(Panels of, float* saved) {
-        for (int c = of.first * at.panel; c < of.last * at.panel; c += L) {
+    // A vector of columns at a time, the values of the chunk in registers
+    void solve(float* saved) {
+        for (int c = 0; c < at.Vp; c += L) {
             const float* u = chunk.values + C * at.Vp + c;
             vec val[C];
 #pragma GCC unroll 16
@@ -93,29 +60,13 @@ struct Forward {
                 const float* score = chunk.score + i * Part::EVENTS;
                 float* value = chunk.values + i * at.Vp + c;
                 val[i] = ERASE == FREE ? vec{} : load(value);
-                if (ERASE == NO_ERASE) continue;
                 val[i] += OUTSIDE ? load(out + i * at.Vp + c) * chunk.by[i] : load(out + i * at.Vp + c);
                 for (int e = 0; ERASE == FREE && e < i; e++) val[i] += score[C + e] * load(u + e * at.Vp);
 #pragma GCC unroll 16
                 for (int e = 0; e < i; e++) val[i] += score[e] * val[e];
-                if (!READ) store(value, val[i]);
+                store(value, val[i]);
                 if (saved && i < chunk.steps) store(saved + i * at.Vp + c, val[i]);
             }
-            if (!READ) continue;
-#pragma GCC unroll 16
-            for (int r = 0; r < C; r++) {
-                const float* score = chunk.score + (C + r) * Part::EVENTS;
-                float* to = out + (C + r) * at.Vp + c;
-                vec read = OUTSIDE ? load(to) * chunk.by[C + r] : load(to);
-                for (int e = 0; ERASE == FREE && e <= r; e++) read += score[C + e] * load(u + e * at.Vp);
-#pragma GCC unroll 16
-                for (int e = 0; e <= r; e++) read += score[e] * val[e];
-                store(to, read);
-            }
-#pragma GCC unroll 16
-            for (int i = 0; i < C; i++)
-                if (ERASE != NO_ERASE || DECAY == PER_HEAD) store(chunk.values + i * at.Vp + c, val[i] * end(i));
-            for (int i = 0; ERASE == FREE && DECAY == PER_HEAD && i < C; i++) scale(chunk.values + (C + i) * at.Vp + c, end(i), L);
         }
     }
 
@@ -131,7 +82,7 @@ struct Forward {
     }
 
     void read_queries() {
-        for (int r = 0; r < chunk.reads && !usual; r++) {
+        for (int r = 0; r < chunk.reads; r++) {
             float* read = out + (C + r) * at.Vp;
             if (OUTSIDE) scale(read, chunk.by[C + r], at.Vp);
             for (int s = 0; s < Part::SETS; s++)
@@ -174,19 +125,45 @@ struct Forward {
     }
 };
 
-template <Decay DECAY, Erase ERASE>
+// A head from its first token to its last
+template <class Pass>
+static void head(Problem& p, int64_t b, int64_t h) {
+    Pass pass(p);
+    pass.head().enter(p, p.micro, p.read, b, h);
+    load_state(pass.at, pass.S, p.first, b, h);
+    const int64_t row = b * p.H + h, segments = (p.T + p.segment - 1) / p.segment, size = pass.at.state();
+    for (int64_t t = 0; t < p.T;) {
+        if (starts_anew(p, b, t)) std::memset(pass.S, 0, sizeof(float) * size);
+        if (p.checkpoints && t % p.segment == 0)
+            std::memcpy(p.checkpoints + (row * segments + t / p.segment) * size, pass.S, sizeof(float) * size);
+        const int64_t end = (t / p.segment + 1) * p.segment;
+        const int count = next_chunk(p, Pass::most_tokens(p), b, t, end < p.T ? end : p.T);
+        pass.run(t, count, row);
+        t += count;
+    }
+    store_state(pass.at, pass.S, p.last, b, h);
+}
+
+template <class Pass>
 static void forward(Problem& p) {
     parallel(
         p.B * p.H, p.threads,
         [](void* context, int64_t i) {
             Problem& p = *static_cast<Problem*>(context);
-            Forward<DECAY, ERASE>(p).head(i / p.H, i % p.H);
+            head<Pass>(p, i / p.H, i % p.H);
         },
         &p);
+}
+
+template <Decay DECAY, Erase ERASE>
+static void forward_of(Problem& p) {
+    if (!Usual<DECAY, ERASE, 2>::serves(p)) forward<Forward<DECAY, ERASE>>(p);
+    else if (Layout(p).panel == L) forward<Usual<DECAY, ERASE, 1>>(p);
+    else forward<Usual<DECAY, ERASE, 2>>(p);
 }
 
 }  // namespace fw
 
 extern "C" __attribute__((visibility("default"))) void fastweights_forward(fw::Problem* p) {
-    fw::dispatch(*p, [&](auto decay, auto erase) { fw::forward<decay.value, erase.value>(*p); });
+    fw::dispatch(*p, [&](auto decay, auto erase) { fw::forward_of<decay.value, erase.value>(*p); });
 }

@@ -66,6 +66,13 @@ SHARED void load_rows(float* out, int out_stride, const Tensor& t, int64_t offse
     }
 }
 
+// The numbers of `count` tokens, times one, or `absent` for a tensor that is not there; `stride` is that of out.
+INLINE void load_numbers(float* out, const Tensor& t, int64_t offset, int count, float scale, float absent, int stride = 1) {
+    const float* single = t && t.type == F32 ? reinterpret_cast<const float*>(t.data) + offset : nullptr;
+    for (int r = 0; r < count; r++)
+        out[r * stride] = scale * (single ? single[r * t.time] : t ? load_one(t.data, offset + r * t.time, static_cast<Type>(t.type)) : absent);
+}
+
 SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, float scale, bool add) {
     const Type type = static_cast<Type>(t.type);
     int i = 0;
@@ -138,14 +145,17 @@ INLINE void write_two_sets(Ahead& next, const Layout& at, Panels of, float* S, c
 
 // out (Kp x width) = S values^T, the values transposed: (Vp x width); width is a multiple of C
 SHARED void read_back(Ahead& next, const Layout& at, float* out, const float* S, const float* turned, int width) {
-    for (int k = 0; k < at.Kp; k += MR)
-        for (int c = 0; c < width; c += C == L ? L : 2 * L) {
+    const int64_t panel = static_cast<int64_t>(at.Kp) * at.panel;
+    int c = 0;
+    for (; c + 2 * L <= width; c += 2 * L)
+        for (int k = 0; k < at.Kp; k += MR) {
             next.fetch();
-            float* to = out + k * width + c;
-            const float *a = S + k * at.panel, *b = turned + c;
-            int64_t next = static_cast<int64_t>(at.Kp) * at.panel;
-            if (C == L) tile<MR, 1, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, nullptr, 0, at.panels, next);
-            else tile<MR, 2, ZERO>(to, width, a, at.panel, 1, b, width, at.panel, nullptr, nullptr, 0, at.panels, next);
+            tile<MR, 2, ZERO>(out + k * width + c, width, S + k * at.panel, at.panel, 1, turned + c, width, at.panel, nullptr, nullptr, 0, at.panels, panel);
+        }
+    for (; c < width; c += L)
+        for (int k = 0; k < at.Kp; k += 2 * MR) {  // Kp is a multiple of L, which is 2 MR where C is no multiple of 2 L
+            next.fetch();
+            tile<2 * MR, 1, ZERO>(out + k * width + c, width, S + k * at.panel, at.panel, 1, turned + c, width, at.panel, nullptr, nullptr, 0, at.panels, panel);
         }
 }
 

@@ -42,7 +42,7 @@ wheel: $(STAMP)
 # the kernels under the address and undefined-behaviour sanitizers: their tests, several times slower
 sanitize: $(STAMP)
 	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTWEIGHTS_ISAS=native -DFASTWEIGHTS_SANITIZE=ON
-	cmake --build build/sanitize
+	cmake --build build/sanitize --parallel 2
 	FASTWEIGHTS_KERNELS=build/sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest -p no:cacheprovider tests/engine/test_kernels.py -m 'not slow'
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _DECAYS, _ERASES = ("none", "scalar", "key"), ("none", "tied", "free")
 SLOTS = ("x", "y", "u", "w", "cx", "cu", "g")
 MOST_TOGETHER = 4  # heads that share a tensor and are done in turn in the backward pass
-SEGMENT = 128  # tokens between checkpoints of the state
+SEGMENT = 64  # tokens between checkpoints of the state
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,17 +12,9 @@
 // gradient of what was read in each other's place. Heads that share a key are one task, so that sums over them have one order.
 #include <type_traits>
 
-#include "chunk.h"
+#include "usual_backward.h"
 
 namespace fw {
-
-// What the gradients are written to: the same structures with data where a gradient is wanted.
-struct Gradient {
-    Micro* micro;
-    Read* read;          // q: the gradient of q; out: that of what was read (given)
-    Tensor first, last;  // first is written, last is given
-    int64_t groups;      // heads that some tensor shares are done in turn: H / groups of them
-};
 
 template <Decay DECAY, Erase ERASE>
 struct Backward {
@@ -61,40 +53,13 @@ struct Backward {
         std::memset(zeros, 0, sizeof(float) * at.state());
     }
 
-    void head(int64_t b, int64_t h) {
-        const int64_t segments = (p.T + p.segment - 1) / p.segment;
-        chunk.head.enter(p, p.micro, p.read, b, h);
-        to.enter(p, grad.micro, grad.read, b, h);
-        load_state(at, dS, grad.last, b, h);
-        for (int64_t s = segments - 1; s >= 0; s--) segment(b, h, s, p.checkpoints + ((b * p.H + h) * segments + s) * at.state());
-        store_state(at, dS, grad.first, b, h);
-    }
+    Head& head() { return chunk.head; }
+    static int64_t most_tokens(const Problem& p) { return Part::most_tokens(p); }
 
-    void segment(int64_t b, int64_t h, int64_t s, const float* checkpoint) {
-        constexpr int MOST = 1024;  // tokens a segment
-        int64_t token = s * p.segment, end = token + p.segment < p.T ? token + p.segment : p.T, first[MOST + 1];
-        const float* start[MOST];
-        float* slot = states;
-        int chunks = 0;
-        for (; token < end; chunks++) {
-            const bool anew = starts_anew(p, b, token);
-            start[chunks] = anew ? zeros : chunks == 0 ? checkpoint : slot - at.state();
-            first[chunks] = token;
-            int count = next_chunk(p, Part::most_tokens(p), b, token, end);
-            token += count;
-            if (token == end || starts_anew(p, b, token)) continue;
-            chunk.load_keys(first[chunks], count, false);
-            load_values(b * p.H + h);
-            chunk.write(all(at), slot, start[chunks], chunk.ends);
-            slot += at.state();
-        }
-        first[chunks] = end;
-        for (int c = chunks - 1; c >= 0; c--) {
-            chunk.load_keys(first[c], static_cast<int>(first[c + 1] - first[c]), true);
-            load_values(b * p.H + h);
-            run(start[c]);
-            if (start[c] == zeros) std::memset(dS, 0, sizeof(float) * at.state());
-        }
+    void rebuild(float* slot, const float* from, int64_t token, int count, int64_t row) {
+        chunk.load_keys(token, count, false);
+        load_values(row);
+        chunk.write(all(at), slot, from, chunk.ends);
     }
 
     void load_values(int64_t of_head) {
@@ -106,7 +71,9 @@ struct Backward {
         if (ERASE != TIED) chunk.load_u(chunk.values + (ERASE == FREE ? C * at.Vp : 0));
     }
 
-    void run(const float* S) {
+    void run(const float* S, int64_t token, int count, int64_t row) {
+        chunk.load_keys(token, count, true);
+        load_values(row);
         const int readers = ERASE == NO_ERASE ? C : 2 * C, from = 2 * C - readers;
         chunk.scores();
         for (int j = 0; j < p.reads; j++)
@@ -134,7 +101,7 @@ struct Backward {
     void gradient_of_values() {
         float* first = gradient_of_first();
         read_rows(chunk.next, at, all(at), first, chunk.ends, dS, chunk.steps);
-        if (p.n == 1 && p.reads == 1 && p.read[0].version == 1 && chunk.steps == C) solve_usual(first);
+        if (ERASE == NO_ERASE && usual(p) && chunk.steps == C) solve_usual(first);
         else solve(first, 0, ERASE != NO_ERASE);
         if (ERASE != FREE) return;
         read_rows(chunk.next, at, all(at), dvalues + C * at.Vp, chunk.ends + C * at.Kp, dS, chunk.steps);
@@ -153,7 +120,7 @@ struct Backward {
         }
     }
 
-    // The same for a whole chunk whose query r sees the events up to r: a vector of columns at a time, in registers.
+    // The same for a whole chunk of a usual program that only adds: a vector of columns at a time, in registers.
     void solve_usual(float* rows) {
         for (int c = 0; c < at.Vp; c += L) {
             vec x[C];
@@ -166,12 +133,7 @@ struct Backward {
                 for (int e = 0; e <= r; e++) x[e] += chunk.score[(C + r) * EVENTS + e] * g;
             }
 #pragma GCC unroll 16
-            for (int i = C - 1; i >= 0; i--) {
-                if (ERASE != NO_ERASE)
-#pragma GCC unroll 16
-                    for (int e = 0; e < i; e++) x[e] += chunk.score[i * EVENTS + e] * x[i];
-                store(rows + i * at.Vp + c, x[i]);
-            }
+            for (int e = 0; e < C; e++) store(rows + e * at.Vp + c, x[e]);
         }
     }
 
@@ -407,11 +369,7 @@ struct Backward {
 
     template <class Number>
     void put_numbers(const Tensor& t, int j, const Number* x) {
-        for (int i = j; t && i < chunk.steps; i += chunk.n) {
-            const int64_t of = chunk.offset(t, i, chunk.n);
-            const Type type = static_cast<Type>(t.type);
-            store_one(t.data, of, static_cast<float>((t.heads ? load_one(t.data, of, type) : 0.0f) + x[i]), type);
-        }
+        add_numbers(t, chunk.token * t.time, chunk.tokens, x + j, chunk.n);
     }
 
     void gradients_of_x() {
@@ -460,26 +418,68 @@ struct Backward {
     }
 };
 
+// A head from its last token to its first
+template <class Pass>
+static void head(Pass& pass, const Gradient& grad, int64_t b, int64_t h) {
+    constexpr int MOST = 1024;  // blocks a segment
+    const Problem& p = pass.p;
+    const int64_t segments = (p.T + p.segment - 1) / p.segment, row = b * p.H + h, size = pass.at.state();
+    pass.head().enter(p, p.micro, p.read, b, h);
+    pass.to.enter(p, grad.micro, grad.read, b, h);
+    load_state(pass.at, pass.dS, grad.last, b, h);
+    for (int64_t s = segments - 1; s >= 0; s--) {
+        int64_t token = s * p.segment, end = token + p.segment < p.T ? token + p.segment : p.T, first[MOST + 1];
+        const float* start[MOST];
+        float* slot = pass.states;
+        int blocks = 0;
+        for (; token < end; blocks++) {
+            const bool anew = starts_anew(p, b, token);
+            start[blocks] = anew ? pass.zeros : blocks == 0 ? p.checkpoints + (row * segments + s) * size : slot - size;
+            first[blocks] = token;
+            const int count = next_chunk(p, Pass::most_tokens(p), b, token, end);
+            token += count;
+            if (token == end || starts_anew(p, b, token)) continue;
+            pass.rebuild(slot, start[blocks], first[blocks], count, row);
+            slot += size;
+        }
+        first[blocks] = end;
+        for (int c = blocks - 1; c >= 0; c--) {
+            pass.run(start[c], first[c], static_cast<int>(first[c + 1] - first[c]), row);
+            if (start[c] == pass.zeros) std::memset(pass.dS, 0, sizeof(float) * size);
+        }
+    }
+    store_state(pass.at, pass.dS, grad.first, b, h);
+}
+
 struct Job {
     const Problem* p;
     const Gradient* grad;
 };
 
-template <Decay DECAY, Erase ERASE>
+template <class Pass>
 static void backward(Job job) {
     parallel(
         job.p->B * job.grad->groups, job.p->threads,
         [](void* context, int64_t i) {
             const Job& job = *static_cast<Job*>(context);
             const int64_t groups = job.grad->groups, heads = job.p->H / groups;
-            Backward<DECAY, ERASE> pass(*job.p, *job.grad);
-            for (int64_t h = 0; h < heads; h++) pass.head(i / groups, i % groups * heads + h);
+            Pass pass(*job.p, *job.grad);
+            for (int64_t h = 0; h < heads; h++) head(pass, *job.grad, i / groups, i % groups * heads + h);
         },
         &job);
+}
+
+template <Decay DECAY, Erase ERASE>
+static void backward_of(Job job) {
+    if constexpr (ERASE != NO_ERASE) {
+        if (usual(*job.p) && Layout(*job.p).panel == L) return backward<UsualBackward<DECAY, ERASE, 1>>(job);
+        if (usual(*job.p)) return backward<UsualBackward<DECAY, ERASE, 2>>(job);
+    }
+    backward<Backward<DECAY, ERASE>>(job);
 }
 
 }  // namespace fw
 
 extern "C" __attribute__((visibility("default"))) void fastweights_backward(fw::Problem* p, fw::Gradient* grad) {
-    fw::dispatch(*p, [&](auto decay, auto erase) { fw::backward<decay.value, erase.value>({p, grad}); });
+    fw::dispatch(*p, [&](auto decay, auto erase) { fw::backward_of<decay.value, erase.value>({p, grad}); });
 }

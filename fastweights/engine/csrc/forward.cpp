@@ -157,7 +157,7 @@ static void forward(Problem& p) {
 
 template <Decay DECAY, Erase ERASE>
 static void forward_of(Problem& p) {
-    if (!Usual<DECAY, ERASE, 2>::serves(p)) forward<Forward<DECAY, ERASE>>(p);
+    if (!usual(p)) forward<Forward<DECAY, ERASE>>(p);
     else if (Layout(p).panel == L) forward<Usual<DECAY, ERASE, 1>>(p);
     else forward<Usual<DECAY, ERASE, 2>>(p);
 }

@@ -62,6 +62,13 @@ struct Problem {
     int64_t* positive;   // set to 1 where a log decay is > 0
 };
 
+// What the gradients are written to: the same structures with data where a gradient is wanted.
+struct Gradient {
+    Micro* micro;
+    Read* read;          // q: the gradient of q; out: that of what was read (given)
+    Tensor first, last;  // first is written, last is given
+    int64_t groups;      // heads that some tensor shares are done in turn: H / groups of them
+};
 
 // The micro-steps and reads of a program, as one head sees them.
 struct Head {

@@ -73,6 +73,16 @@ INLINE void load_numbers(float* out, const Tensor& t, int64_t offset, int count,
         out[r * stride] = scale * (single ? single[r * t.time] : t ? load_one(t.data, offset + r * t.time, static_cast<Type>(t.type)) : absent);
 }
 
+// x given back as the numbers of `count` tokens, added where a head before this one has written the sum so far.
+template <class Number>
+INLINE void add_numbers(const Tensor& t, int64_t offset, int count, const Number* x, int stride = 1) {
+    const Type type = static_cast<Type>(t.type);
+    for (int r = 0; t && r < count; r++) {
+        const int64_t of = offset + r * t.time;
+        store_one(t.data, of, static_cast<float>((t.heads ? load_one(t.data, of, type) : 0.0f) + x[r * stride]), type);
+    }
+}
+
 SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, float scale, bool add) {
     const Type type = static_cast<Type>(t.type);
     int i = 0;

@@ -1,0 +1,283 @@
+// A block of the usual programs, in which a token is one micro-step and its query reads what it leaves: N tokens of one head, loaded,
+// decayed, and multiplied with each other. i and e number them; readers are the x of every token, then the q; events are the keys y
+// (w, where nothing is erased) and, where the erase is free, a second set of them, the w. With P_i = a_0 ... a_{i-1} and
+// D(e -> i) = a_{e+1} ... a_{i-1},
+//
+//   score of x_i and e < i:  x_i . D(e -> i) key_e          score of q_i and e <= i:  q_i . D(e -> i + 1) key_e
+//
+// Where keys decay each at their own pace they do so step by step, and meet their readers as they are then; one number for all keys
+// multiplies scores, and what is read and written, instead. Rows beyond the last token are zero.
+#pragma once
+#include "chunk.h"
+
+namespace fw {
+
+INLINE bool usual(const Problem& p) {
+    return p.n == 1 && p.reads == 1 && p.read[0].version == 1 && !p.backward_reads && (p.erase == NO_ERASE || !p.micro[0].lag);
+}
+
+// The inner products of the readers (KINDS times N rows) of tokens 2 PAIR and 2 PAIR + 1 with the events that they see: [kind][token][event].
+template <int KINDS, int N, int PAIR>
+INLINE void triangle(float* to, const float* readers, const float* events, int64_t width) {
+    constexpr int FIRST = 2 * PAIR, GROUP = KINDS * 2 * N;
+    vec sum[GROUP];
+#pragma GCC unroll 32
+    for (int i = 0; i < GROUP; i++) sum[i] = vec{};
+    for (int64_t c = 0; c < width; c += L) {
+        vec event[FIRST + 2];
+#pragma GCC unroll 8
+        for (int e = 0; e < FIRST + 2; e++) event[e] = load(events + e * width + c);
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++)
+#pragma GCC unroll 2
+            for (int kind = 0; kind < KINDS; kind++) {
+                const vec reader = load(readers + (kind * N + FIRST + j) * width + c);
+#pragma GCC unroll 8
+                for (int e = 0; e < FIRST + j + (kind == KINDS - 1); e++) sum[(kind * 2 + j) * N + e] += reader * event[e];
+            }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUP; i += L) store(to + i, sums(sum + i));
+}
+
+template <Decay DECAY, Erase ERASE, int TOKENS>
+struct Block {
+    static constexpr int N = TOKENS, KINDS = ERASE == NO_ERASE ? 1 : 2, SETS = ERASE == FREE ? 2 : 1, READERS = KINDS * N, EVENTS = SETS * N;
+    static constexpr int X = 0, Q = KINDS - 1, GROUP = KINDS * 2 * N;  // scores of two tokens: [kind][token][event]
+    static_assert(N % 2 == 0 && GROUP % L == 0, "scores fill vectors");
+    const Problem& p;
+    Layout at;
+    Head head;
+    Ahead next;
+    int64_t token = 0, ahead = N;   // tokens from this block to the one that comes after it
+    int count = 0;
+    float *readers, *keys;          // [KINDS][N][Kp], [SETS][N][Kp]
+    float *scaled, *ends;           // per key: the same times P_i (P_{i+1} for q), and times D(e -> N)
+    float *decay, *total;           // [N][Kp] a_i; [Kp] P_N; one number each if per head
+    float *u;                       // [N][Vp]
+    float *factor, *score;          // [N / 2][GROUP]; [SETS][N / 2][GROUP], zero where a reader does not see the event
+    float cx[N], cu[N];
+    float left[READERS], to_end[N]; // per head: P_i or P_{i+1}, and D(e -> N)
+
+    // `apart`: what decays does not take the place of what it was.
+    static int64_t size(const Layout& at, bool apart) {
+        return (apart ? 2 : 1) * (READERS + EVENTS) * at.Kp + (N + 1) * at.Kp + N * at.Vp + (1 + SETS) * N / 2 * GROUP + 256;
+    }
+
+    Block(const Problem& problem, Scratch& memory, bool apart) : p(problem), at(p) {
+        apart = apart && DECAY == PER_KEY;
+        readers = memory.take(READERS * at.Kp), scaled = apart ? memory.take(READERS * at.Kp) : readers;
+        keys = memory.take(EVENTS * at.Kp), ends = apart ? memory.take(EVENTS * at.Kp) : keys;
+        decay = memory.take(N * at.Kp), total = memory.take(at.Kp), u = memory.take(N * at.Vp);
+        factor = memory.take(N / 2 * GROUP), score = memory.take(SETS * N / 2 * GROUP);
+        std::memset(factor, 0, sizeof(float) * N / 2 * GROUP);
+        for (int i = 0; i < N; i++)
+            for (int e = 0; e <= i; e++) factor_of(Q, i, e) = 1;
+        for (float& x : left) x = 1;
+        for (float& x : to_end) x = 1;
+        *total = 1;
+    }
+
+    INLINE const Micro& micro() const { return head.micro[0]; }
+    INLINE bool x_decays() const { return DECAY != NO_DECAY && ERASE != NO_ERASE && micro().decayed; }
+    INLINE static int place(int kind, int i) { return (i / 2 * KINDS + kind) * 2 * N + i % 2 * N; }
+    INLINE float& factor_of(int kind, int i, int e) const { return factor[place(kind, i) + e]; }
+    INLINE const float* scores_of(int set, int kind, int i) const { return score + set * (N / 2) * GROUP + place(kind, i); }
+
+    // What is needed to write events, and what to read them.
+    void begin(int64_t first, int tokens) {
+        token = first, count = tokens;
+        next.clear();
+    }
+    void load_events() {
+        rows(keys, ERASE == NO_ERASE ? micro().w : micro().y, at.K, at.Kp);
+        if (ERASE == FREE) rows(keys + N * at.Kp, micro().w, at.K, at.Kp);
+        load_decays();
+    }
+    // What is left of events in the end, where it is not asked for what readers see of them before
+    void decay_events() {
+        for (int k = 0; k < at.Kp && DECAY == PER_KEY; k += L) {
+            vec a = broadcast(1);
+            for (int i = N - 1; i >= 0; i--) {
+                for (int s = 0; s < SETS; s++) store(ends + (s * N + i) * at.Kp + k, load(keys + (s * N + i) * at.Kp + k) * a);
+                a *= load(decay + i * at.Kp + k);
+            }
+            store(total + k, a);
+        }
+    }
+
+    void load_readers() {
+        if (ERASE != NO_ERASE) {
+            if (micro().x_is_y) std::memcpy(readers, keys, sizeof(float) * N * at.Kp);
+            else rows(readers, micro().x, at.K, at.Kp);
+            numbers(cx, micro().cx, static_cast<float>(micro().sx), 1);
+        }
+        rows(readers + Q * N * at.Kp, head.read[0].q, at.K, at.Kp);
+        weigh();
+    }
+    void load_u() {
+        numbers(cu, micro().cu, static_cast<float>(micro().su), 1);
+        rows(u, micro().u, at.V, at.Vp, cu);
+    }
+
+    void rows(float* to, const Tensor& t, int width, int padded, const float* scales = nullptr) {
+        load_rows(to, padded, t, token * t.time, count, width, padded, scales, 1);
+        if (count < N) std::memset(to + count * padded, 0, sizeof(float) * (N - count) * padded);
+        if (t) soon(t, width);
+    }
+    void soon(const Tensor& t, int width) {
+        for (int i = 0; i < N; i++) next.add(t, (token + ahead + i) * t.time, width);
+    }
+    void numbers(float* to, const Tensor& t, float scale, float absent) const {
+        load_numbers(to, t, token * t.time, count, scale, absent);
+        for (int i = count; i < N; i++) to[i] = 0;
+    }
+
+    void load_decays() {
+        if (DECAY == NO_DECAY) return;
+        const int width = DECAY == PER_KEY ? N * at.Kp : static_cast<int>(round_up(N, L));
+        if (DECAY == PER_KEY) rows(decay, micro().g, at.K, at.Kp);
+        else numbers(decay, micro().g, 1, 0);
+        for (int i = N; DECAY == PER_HEAD && i < width; i++) decay[i] = 0;
+        ivec positive = {};
+        for (int i = 0; i < width; i += L) {
+            const vec log = load(decay + i);
+            positive |= log > 0.0f;
+            store(decay + i, exponential(log));
+        }
+        for (int j = 0; j < L; j++)
+            if (positive[j]) *p.positive = 1;
+        if (DECAY == PER_KEY) return;
+        *total = 1;
+        for (int i = 0; i < N; i++) *total *= decay[i];
+        for (int e = N - 1, i = 0; e >= 0; e--, i++) to_end[e] = i ? to_end[e + 1] * decay[e + 1] : 1.0f;
+    }
+
+    // The numbers that multiply scores, and those that multiply what is read.
+    void weigh() {
+        float now = 1, between[N];  // P_i and D(e -> i)
+        for (int i = 0; i < N; i++) {
+            const float a = DECAY == PER_HEAD ? decay[i] : 1.0f;
+            if (ERASE != NO_ERASE) {
+                if (DECAY == PER_HEAD && x_decays()) cx[i] *= a;
+                for (int e = 0; e < i; e++) factor_of(X, i, e) = DECAY == PER_HEAD ? between[e] * cx[i] : cx[i];
+                left[i] = now;
+            }
+            if (DECAY != PER_HEAD) continue;
+            now *= a, between[i] = 1;
+            for (int e = 0; e < i; e++) between[e] *= a;
+            for (int e = 0; e <= i; e++) factor_of(Q, i, e) = between[e];
+            left[Q * N + i] = now;
+        }
+    }
+
+    void scores() { scores(std::make_integer_sequence<int, N / 2>{}); }
+    template <int... PAIR>
+    INLINE void scores(std::integer_sequence<int, PAIR...>) {
+        for (int s = 0; s < SETS; s++) {
+            float* to = score + s * (N / 2) * GROUP;
+            if (DECAY != PER_KEY) (triangle<KINDS, N, PAIR>(to + PAIR * GROUP, readers, keys + s * N * at.Kp, at.Kp), ...);
+            else if (s + 1 < SETS) (meet<PAIR, false>(to + PAIR * GROUP, s), ...);
+            else (meet<PAIR, true>(to + PAIR * GROUP, s), ...);
+            for (int i = 0; i < N / 2 * GROUP; i += L) store(to + i, load(to + i) * load(factor + i));
+        }
+    }
+
+    // As `triangle`, of events that decay key by key up to their readers. `LAST`: of all sets, so that readers can take over what is left.
+    template <int PAIR, bool LAST>
+    INLINE void meet(float* to, int set) {
+        constexpr int FIRST = 2 * PAIR;
+        const int64_t K = at.Kp;
+        float *key = keys + set * N * K, *end = ends + set * N * K;
+        const bool decayed = x_decays();
+        vec sum[GROUP];
+#pragma GCC unroll 32
+        for (int i = 0; i < GROUP; i++) sum[i] = vec{};
+        for (int k = 0; k < K; k += L) {
+            vec seen[N], so_far = FIRST > 0 ? load(total + k) : broadcast(1);
+#pragma GCC unroll 8
+            for (int e = 0; e < FIRST; e++) seen[e] = load(end + e * K + k);
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) {
+                const int i = FIRST + j;
+                const vec a = load(decay + i * K + k);
+                if (ERASE != NO_ERASE) {
+                    vec x = load(readers + i * K + k);
+                    if (decayed) x *= a;
+#pragma GCC unroll 8
+                    for (int e = 0; e < i; e++) sum[(X * 2 + j) * N + e] += x * seen[e];
+                    if (LAST) store(scaled + i * K + k, x * so_far);
+                }
+                seen[i] = load(key + i * K + k);
+                so_far *= a;
+#pragma GCC unroll 8
+                for (int e = 0; e < i; e++) seen[e] *= a;
+                const vec q = load(readers + (Q * N + i) * K + k);
+#pragma GCC unroll 8
+                for (int e = 0; e <= i; e++) sum[(Q * 2 + j) * N + e] += q * seen[e];
+                if (LAST) store(scaled + (Q * N + i) * K + k, q * so_far);
+            }
+#pragma GCC unroll 8
+            for (int e = 0; e < FIRST + 2; e++) store(end + e * K + k, seen[e]);
+            if (LAST) store(total + k, so_far);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < GROUP; i += L) store(to + i, sums(sum + i));
+    }
+};
+
+// ---- a panel of S: rows of NV vectors --------------------------------------------------------------------------------
+
+constexpr int STEP = L < 8 ? 8 : L;  // rows of a panel between two fetches
+
+// sum[m] = row m of M . panel
+template <int M, int NV>
+INLINE void read_panel(Ahead& next, vec (&sum)[M][NV], const float* rows, int64_t K, const float* s) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) sum[m][v] = vec{};
+    for (int k = 0; k < K; k += STEP) {
+        next.fetch();
+#pragma GCC unroll 2
+        for (int d = k; d < k + STEP; d++) {
+            vec row[NV];
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) row[v] = load(s + (d * NV + v) * L);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; v++) sum[m][v] += rows[m * K + d] * row[v];
+        }
+    }
+}
+
+// to = diag(scale) from + the sum over E of keys times values, where scale is nothing, one number, or one per key
+template <Decay SCALE, int E, int NV>
+INLINE void write_panel(Ahead& next, float* to, const float* from, const float* scale, const float* keys, int64_t K, const vec (&value)[E][NV]) {
+    constexpr int ROWS = MR / 2;  // at once
+    const vec same = broadcast(*scale);
+    for (int k = 0; k < K; k += ROWS, from += ROWS * NV * L, to += ROWS * NV * L) {
+        if (k % STEP == 0) next.fetch();
+        vec row[ROWS][NV];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) {
+                row[r][v] = load(from + (r * NV + v) * L);
+                if (SCALE != NO_DECAY) row[r][v] *= SCALE == PER_KEY ? broadcast(scale[k + r]) : same;
+            }
+#pragma GCC unroll 16
+        for (int e = 0; e < E; e++)
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; v++) row[r][v] += keys[e * K + k + r] * value[e][v];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) store(to + (r * NV + v) * L, row[r][v]);
+    }
+}
+
+}  // namespace fw

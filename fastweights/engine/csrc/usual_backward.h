@@ -1,0 +1,410 @@
+// The backward pass of the usual programs that erase, block by block from the last to the first. In the words of block.h, with do_i the gradient of
+// what q_i read, dS that of S at the end of the block and S_0 the state at its start,
+//
+//   dval_e = dS^T (D(e -> N) y_e) + sum over i >= e of score(q_i, e) do_i + sum over i > e of score(x_i, e) dval_i
+//   dx_i   = P_i (S_0 dval_i)     + sum over e <  i of (dval_i . val_e) D(e -> i) y_e
+//   dq_i   = P_{i+1} (S_0 do_i)   + sum over e <= i of (do_i . val_e) D(e -> i + 1) y_e
+//   dy_e   = D(e -> N) (dS val_e) + the same pairs, with what read in the place of y_e
+//   dS_0   = diag(P_N) dS + sum over i of (P_i x_i) dval_i^T + (P_{i+1} q_i) do_i^T
+//
+// and the gradient of log a_l is the sum over all paths that a_l decays, as in backward.cpp. S_0 times all readers' gradients is a product
+// whose columns, readers, fill a vector; it and dS times the values are turned into rows L keys at a time, where everything that has a key
+// is done while it is in registers.
+#pragma once
+#include "block.h"
+
+namespace fw {
+
+template <Decay DECAY, Erase ERASE, int NV>
+struct UsualBackward {
+    using Part = Block<DECAY, ERASE, L / 2>;
+    static constexpr int N = Part::N, SETS = Part::SETS, EVENTS = Part::EVENTS, READERS = Part::READERS, X = Part::X, Q = Part::Q;
+    static_assert(ERASE != NO_ERASE && READERS == L, "readers fill a vector");
+    static constexpr int W = NV * L, SCORES = N / 2 * Part::GROUP;
+    const Problem& p;
+    Scratch memory;
+    Part block;
+    const Layout& at;
+    Head to;                        // the gradients of this head
+    float *states, *zeros, *dS;     // S_0 of the blocks of a segment; nothing; the gradient of S
+    float *given, *values, *du;     // [L][Vp] dval_i and do_i; [L][Vp] val_e, and u_e or zeros; [N][Vp], where the erase is free
+    float *seen, *written;          // [Vp][L] the same turned, times what is left of S_0, or of them, if that is a number
+    float *dx, *dq, *dkeys, *dlog;  // [N][Kp]; dkeys [EVENTS][Kp]
+    float *weight;                  // as score: gradient . value
+    vec of_reader[L], of_event[L], of_x[L], whole[4];  // sums over keys: reader . gradient, key . gradient, x . dx, S_0 . dS
+    double log_of_head[N];
+
+    static int64_t slots(const Problem& p) { return p.segment / N + 2; }
+    static int64_t size(const Problem& p) {
+        Layout at(p);
+        return Part::size(at, true) + (slots(p) + 2) * at.state() + (4 * L + N) * at.Vp + (3 * N + EVENTS) * at.Kp + SETS * SCORES + 512;
+    }
+    static int64_t most_tokens(const Problem&) { return N; }
+
+    explicit UsualBackward(const Problem& problem, const Gradient&) : p(problem), memory{scratch(size(p))}, block(p, memory, true), at(block.at) {
+        states = memory.take(slots(p) * at.state()), zeros = memory.take(at.state()), dS = memory.take(at.state());
+        given = memory.take(L * at.Vp), values = memory.take(L * at.Vp), du = memory.take(N * at.Vp);
+        seen = memory.take(L * at.Vp), written = memory.take(L * at.Vp);
+        dx = memory.take(N * at.Kp), dq = memory.take(N * at.Kp), dkeys = memory.take(EVENTS * at.Kp), dlog = memory.take(N * at.Kp);
+        weight = memory.take(SETS * SCORES);
+        std::memset(zeros, 0, sizeof(float) * at.state());
+        std::memset(values, 0, sizeof(float) * L * at.Vp);
+    }
+    Head& head() { return block.head; }
+
+    void load(int64_t token, int count, int64_t row) {
+        block.begin(token, count);
+        block.load_events();
+        if (ERASE != TIED) {
+            block.load_u();
+            std::memcpy(values + (SETS - 1) * N * at.Vp, block.u, sizeof(float) * N * at.Vp);
+        }
+        const float* saved = p.values + (row * p.T + token) * at.Vp;
+        std::memcpy(values, saved, sizeof(float) * count * at.Vp);
+        std::memset(values + count * at.Vp, 0, sizeof(float) * (N - count) * at.Vp);
+        block.next.add(saved + block.ahead * at.Vp, 4 * N * at.Vp);
+    }
+
+    void rebuild(float* slot, const float* from, int64_t token, int count, int64_t row) {
+        block.ahead = N;
+        load(token, count, row);
+        block.decay_events();
+        for (int n = 0; n < at.panels; n++)
+            for (int s = 0; s < SETS; s++) add(slot, s ? slot : from, n, s == 0, block.ends + s * N * at.Kp, values + s * N * at.Vp, block.to_end);
+    }
+
+    // One panel of: to = from, decayed if `first`, + the sum over N of keys times numbers times rows
+    INLINE void add(float* to, const float* from, int n, bool first, const float* keys, const float* rows, const float* numbers) {
+        vec value[N][NV];
+#pragma GCC unroll 8
+        for (int e = 0; e < N; e++)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) value[e][v] = fw::load(rows + e * at.Vp + n * W + v * L) * numbers[e];
+        const int64_t panel = n * static_cast<int64_t>(at.Kp) * W;
+        if (first) write_panel<DECAY>(block.next, to + panel, from + panel, block.total, keys, at.Kp, value);
+        else write_panel<NO_DECAY>(block.next, to + panel, from + panel, block.total, keys, at.Kp, value);
+    }
+
+    void run(const float* S, int64_t token, int count, int64_t row) {
+        block.ahead = -N;
+        load(token, count, row);
+        block.load_readers();
+        block.rows(given + Q * N * at.Vp, to.read[0].out, at.V, at.Vp);
+        block.scores();
+        for (int n = 0; n < at.panels; n++) gradient_of_values(n);
+        turn();
+        weights();
+        for (int i = 0; i < L; i++) of_reader[i] = of_event[i] = of_x[i] = vec{};
+        for (vec& x : whole) x = vec{};
+        for (int k = 0; k < at.Kp; k += L) keys(S, k);
+        if (DECAY == PER_HEAD) log_per_head();
+        advance();
+        give();
+    }
+
+    // ---- values ------------------------------------------------------------------------------------------------------
+
+    INLINE void gradient_of_values(int n) {
+        const float* panel = dS + n * static_cast<int64_t>(at.Kp) * W;
+        vec d[N][NV], second[N][NV];
+        read_panel(block.next, d, block.ends, at.Kp, panel);
+        from_queries(d, 0, n);
+#pragma GCC unroll 8
+        for (int i = N - 1; i > 0; i--)
+#pragma GCC unroll 8
+            for (int e = 0; e < i; e++)
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; v++) d[e][v] += block.scores_of(0, X, i)[e] * d[i][v];
+        put_values(given, d, n);
+        if (ERASE != FREE) return;
+        read_panel(block.next, second, block.ends + N * at.Kp, at.Kp, panel);
+        from_queries(second, 1, n);
+#pragma GCC unroll 8
+        for (int i = 1; i < N; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) {
+                const vec of = fw::load(given + i * at.Vp + n * W + v * L);
+#pragma GCC unroll 8
+                for (int e = 0; e < i; e++) second[e][v] += block.scores_of(1, X, i)[e] * of;
+            }
+        put_values(du, second, n);
+    }
+
+    INLINE void from_queries(vec (&d)[N][NV], int set, int n) {
+#pragma GCC unroll 8
+        for (int e = 0; e < N; e++)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++)
+                if (DECAY == PER_HEAD) d[e][v] *= block.to_end[e];
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) {
+                const vec of = fw::load(given + (Q * N + i) * at.Vp + n * W + v * L);
+#pragma GCC unroll 8
+                for (int e = 0; e <= i; e++) d[e][v] += block.scores_of(set, Q, i)[e] * of;
+            }
+    }
+
+    INLINE void put_values(float* rows, const vec (&d)[N][NV], int n) {
+#pragma GCC unroll 8
+        for (int e = 0; e < N; e++)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; v++) store(rows + e * at.Vp + n * W + v * L, d[e][v]);
+    }
+
+    void turn() {
+        transpose(seen, L, given, at.Vp, L, at.Vp);
+        transpose(written, L, values, at.Vp, L, at.Vp);
+        if (DECAY != PER_HEAD) return;
+        float events[L] = {};
+        for (int s = 0; s < SETS; s++) std::memcpy(events + s * N, block.to_end, sizeof block.to_end);
+        const vec left = fw::load(block.left), to_end = fw::load(events);
+        for (int v = 0; v < at.Vp; v++) {
+            store(seen + v * L, fw::load(seen + v * L) * left);
+            store(written + v * L, fw::load(written + v * L) * to_end);
+        }
+    }
+
+    // weight = gradient of what a reader read . value of an event, where it sees it
+    void weights() { weights(std::make_integer_sequence<int, N / 2>{}); }
+    template <int... PAIR>
+    INLINE void weights(std::integer_sequence<int, PAIR...>) {
+        for (int s = 0; s < SETS; s++)
+            (triangle<2, N, PAIR>(weight + s * SCORES + PAIR * Part::GROUP, given, values + s * N * at.Vp, at.Vp), ...);
+    }
+    INLINE const float* weights_of(int set, int kind, int i) const { return weight + set * SCORES + Part::place(kind, i); }
+
+    // ---- keys --------------------------------------------------------------------------------------------------------
+
+    // Everything that has one of L keys from k on: T and U are S_0 times the readers' gradients and dS times the values.
+    INLINE void keys(const float* S, int k) {
+        float T[L * L], U[L * L];
+        vec log[N];
+        product(T, S, seen, k);
+        product(U, dS, written, k);
+        if (DECAY == PER_KEY) per_key(S, k, T, U, log);
+        else per_head(S, k, T, U);
+        for (int i = 0; i < N; i++) {
+            vec x = fw::load(block.readers + i * at.Kp + k), d = fw::load(T + i * L);
+            if (DECAY == PER_KEY && block.x_decays()) {
+                const vec a = fw::load(block.decay + i * at.Kp + k);
+                x *= a, log[i] += x * d * block.cx[i], of_x[i] += x * d, d *= a;
+            } else {
+                of_x[i] += x * d;
+            }
+            if (block.micro().x_is_y) store(U + i * L, fw::load(U + i * L) + d * block.cx[i]);
+            else store(dx + i * at.Kp + k, d * block.cx[i]);
+        }
+        for (int i = 0; i < N; i++) {
+            store(dq + i * at.Kp + k, fw::load(T + (Q * N + i) * L));
+            if (DECAY == PER_KEY) store(dlog + i * at.Kp + k, log[i]);
+        }
+        for (int e = 0; e < EVENTS; e++) store(dkeys + e * at.Kp + k, fw::load(U + e * L));
+    }
+
+    INLINE void product(float* out, const float* state, const float* columns, int k) {
+        float sums[L * L];
+        block.next.fetch();
+        tile<L, 1, ZERO>(sums, L, state + k * W, W, 1, columns, L, W, nullptr, nullptr, 0, at.panels, static_cast<int64_t>(at.Kp) * W);
+        transpose(out, L, sums, L, L, L);
+    }
+
+    INLINE vec row_sums(const float* S, int k) const {
+        vec products[L];
+#pragma GCC unroll 16
+        for (int j = 0; j < L; j++) products[j] = vec{};
+        for (int n = 0; n < at.panels; n++) {
+            const int64_t of = (n * static_cast<int64_t>(at.Kp) + k) * W;
+#pragma GCC unroll 16
+            for (int j = 0; j < L; j++)
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; v++) products[j] += fw::load(S + of + j * W + v * L) * fw::load(dS + of + j * W + v * L);
+        }
+        return sums(products);
+    }
+
+    // Where a number decays all keys it is part of T, U and the weights.
+    INLINE void per_head(const float* S, int k, float* T, float* U) {
+        const int64_t K = at.Kp;
+        if (DECAY == PER_HEAD) {
+            for (int n = 0; n < at.panels; n++)
+                for (int64_t of = (n * K + k) * W; of < (n * K + k + L) * W; of += 4 * L)
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) whole[j] += fw::load(S + of + j * L) * fw::load(dS + of + j * L);
+#pragma GCC unroll 16
+            for (int r = 0; r < READERS; r++) of_reader[r] += fw::load(block.readers + r * K + k) * fw::load(T + r * L);
+#pragma GCC unroll 16
+            for (int e = 0; e < EVENTS; e++) of_event[e] += fw::load(block.keys + e * K + k) * fw::load(U + e * L);
+        }
+        for (int s = 0; s < SETS; s++) {
+            vec key[N], d[N];
+#pragma GCC unroll 8
+            for (int e = 0; e < N; e++) key[e] = fw::load(block.keys + (s * N + e) * K + k), d[e] = fw::load(U + (s * N + e) * L);
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) {
+                pairs(i, T + i * L, fw::load(block.readers + i * K + k), block.cx[i], weights_of(s, X, i), key, d);
+                pairs(i + 1, T + (Q * N + i) * L, fw::load(block.readers + (Q * N + i) * K + k), 1, weights_of(s, Q, i), key, d);
+            }
+#pragma GCC unroll 8
+            for (int e = 0; e < N; e++) store(U + (s * N + e) * L, d[e]);
+        }
+    }
+
+    // A reader of version `version`, and what it sees
+    INLINE void pairs(int version, float* t, vec reader, float coefficient, const float* w, const vec* key, vec* d) const {
+        vec sum = fw::load(t);
+        const vec of = reader * coefficient;
+#pragma GCC unroll 8
+        for (int e = 0; e < version; e++) {
+            const float left = DECAY == PER_HEAD ? w[e] * block.factor_of(Q, version - 1, e) : w[e];
+            sum += left * key[e];
+            d[e] += left * of;
+        }
+        store(t, sum);
+    }
+
+    // Where every key has its decay. sink is what an event gives to readers at or after a token, per unit of what is left of it then.
+    INLINE void per_key(const float* S, int k, float* T, float* U, vec* log) {
+        const int64_t K = at.Kp;
+        vec a[N], reader[READERS], so_far[N + 1], to_end[N];
+        so_far[0] = broadcast(1), to_end[N - 1] = broadcast(1);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) a[i] = fw::load(block.decay + i * K + k), so_far[i + 1] = so_far[i] * a[i];
+#pragma GCC unroll 8
+        for (int i = N - 1; i > 0; i--) to_end[i - 1] = to_end[i] * a[i];
+#pragma GCC unroll 16
+        for (int r = 0; r < READERS; r++) reader[r] = fw::load(block.readers + r * K + k);
+        for (int i = 0; i < N && block.x_decays(); i++) reader[i] *= a[i];
+        vec later = {};  // what readers after a token take from S_0
+#pragma GCC unroll 16
+        for (int v = N; v > 0; v--) {
+            if (v < N) later += through(T + v * L, block.scaled + v * K + k, so_far[v]) * block.cx[v];
+            later += through(T + (Q * N + v - 1) * L, block.scaled + (Q * N + v - 1) * K + k, so_far[v]);
+            log[v - 1] = later;
+        }
+        vec before = row_sums(S, k) * so_far[N];  // what passes through all of the block, and what events before a token leave in S
+#pragma GCC unroll 8
+        for (int e = 0; e < N; e++) {
+            log[e] += before;
+            for (int s = 0; s < SETS; s++) before += through(U + (s * N + e) * L, block.ends + (s * N + e) * K + k, to_end[e]);
+        }
+        for (int s = 0; s < SETS; s++) {
+            vec sink[N][N], now[N];
+#pragma GCC unroll 8
+            for (int l = N - 1; l >= 0; l--) {
+                const float *x = weights_of(s, X, l + 1 < N ? l + 1 : l), *q = weights_of(s, Q, l);
+#pragma GCC unroll 8
+                for (int e = 0; e <= l; e++) {
+                    vec sum = q[e] * reader[Q * N + l];
+                    if (l + 1 < N) {
+                        sum += now[e] * a[l + 1];
+                        sum += x[e] * block.cx[l + 1] * reader[l + 1];
+                    }
+                    sink[l][e] = now[e] = sum;
+                }
+                store(U + (s * N + l) * L, fw::load(U + (s * N + l) * L) + now[l]);
+            }
+#pragma GCC unroll 8
+            for (int v = 0; v < N; v++) {
+                const float *x = weights_of(s, X, v), *q = weights_of(s, Q, v);
+                vec of_x = {}, of_q = {}, of_log = {};
+#pragma GCC unroll 8
+                for (int e = 0; e < v; e++) {
+                    of_x += x[e] * now[e];
+                    now[e] *= a[v];
+                    of_log += now[e] * sink[v][e];
+                }
+                now[v] = fw::load(block.keys + (s * N + v) * K + k);
+#pragma GCC unroll 8
+                for (int e = 0; e <= v; e++) of_q += q[e] * now[e];
+                store(T + v * L, fw::load(T + v * L) + of_x);
+                store(T + (Q * N + v) * L, fw::load(T + (Q * N + v) * L) + of_q);
+                log[v] += of_log;
+            }
+        }
+    }
+
+    // The product of a decayed row with its gradient, which decays in its turn.
+    INLINE vec through(float* t, const float* row, vec left) const {
+        const vec d = fw::load(t);
+        store(t, d * left);
+        return fw::load(row) * d;
+    }
+
+    void log_per_head() {
+        float taken[L], left_there[L];
+        store(taken, sums(of_reader));
+        store(left_there, sums(of_event));
+        double through = sum_exactly((whole[0] + whole[1]) + (whole[2] + whole[3])) * *block.total, later = 0, earlier = 0;
+        for (int l = N - 1; l >= 0; l--) {
+            if (l + 1 < N) later += taken[l + 1] * block.cx[l + 1];
+            later += taken[Q * N + l];
+            log_of_head[l] = through + later;
+        }
+        for (int l = 0; l < N; l++) {
+            log_of_head[l] += earlier;
+            for (int s = 0; s < SETS; s++) earlier += left_there[s * N + l];
+        }
+        for (int s = 0; s < SETS; s++) {
+            double pairs[N] = {};
+            for (int l = N - 1; l > 0; l--)
+                for (int e = 0; e <= l; e++) {
+                    if (l + 1 < N) pairs[e] += weights_of(s, X, l + 1)[e] * block.scores_of(s, X, l + 1)[e];
+                    pairs[e] += weights_of(s, Q, l)[e] * block.scores_of(s, Q, l)[e];
+                    if (e < l) log_of_head[l] += pairs[e];
+                }
+        }
+    }
+
+    // ---- on, and out -------------------------------------------------------------------------------------------------
+
+    void advance() {
+        float numbers[READERS];
+        for (int r = 0; r < READERS; r++) numbers[r] = block.left[r] * (r < N ? block.cx[r] : 1.0f);
+        for (int n = 0; n < at.panels; n++)
+            for (int kind = 0; kind < 2; kind++)
+                add(dS, dS, n, kind == 0, block.scaled + kind * N * at.Kp, given + kind * N * at.Vp, numbers + kind * N);
+    }
+
+    void put(const Tensor& t, const float* rows, int width, int padded, const float* scales = nullptr) const {
+        if (t) store_rows(t, block.token * t.time, rows, padded, block.count, width, scales, 1);
+    }
+
+    void give() {
+        const Micro& d = to.micro[0];
+        put(to.read[0].q, dq, at.K, at.Kp);
+        put(d.y, dkeys, at.K, at.Kp);
+        if (ERASE == FREE) put(d.w, dkeys + N * at.Kp, at.K, at.Kp);
+        float number[L];
+        store(number, sums(of_x));
+        for (int i = 0; i < N; i++) {
+            const bool decayed = DECAY == PER_HEAD && block.x_decays();
+            if (decayed) log_of_head[i] += static_cast<double>(block.cx[i]) * number[i];
+            number[i] *= static_cast<float>(block.micro().sx) * (decayed ? block.decay[i] : 1.0f);
+        }
+        add_numbers(d.cx, block.token * d.cx.time, block.count, number);
+        if (!block.micro().x_is_y) put(d.x, dx, at.K, at.Kp);
+        if (DECAY == PER_KEY) put(d.g, dlog, at.K, at.Kp);
+        if (DECAY == PER_HEAD) add_numbers(d.g, block.token * d.g.time, block.count, log_of_head);
+        give_values();
+    }
+
+    void give_values() {
+        const Tensor& u = block.micro().u;
+        if (!u) return;
+        const float* d = ERASE == TIED ? given : du;
+        if (ERASE == TIED) block.numbers(block.cu, block.micro().cu, static_cast<float>(block.micro().su), 1);
+        put(to.micro[0].u, d, at.V, at.Vp, block.cu);
+        if (!to.micro[0].cu) return;
+        block.rows(block.u, u, at.V, at.Vp);
+        vec products[L] = {};
+        for (int i = 0; i < N; i++)
+            for (int v = 0; v < at.Vp; v += L) products[i] += fw::load(block.u + i * at.Vp + v) * fw::load(d + i * at.Vp + v);
+        float number[L];
+        store(number, sums(products) * static_cast<float>(block.micro().su));
+        add_numbers(to.micro[0].cu, block.token * to.micro[0].cu.time, block.count, number);
+    }
+};
+
+}  // namespace fw

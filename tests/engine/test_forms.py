@@ -23,6 +23,9 @@ def states(out):
     return out.state if isinstance(out.state, tuple) else (out.state,)
 
 
+TINY = torch.finfo(torch.float32).tiny  # numbers below are zeros in the kernels
+
+
 def error(out: Output, want: Output) -> float:
     return max(distance(a, b) for a, b in zip((out.y, *states(out)), (want.y, *states(want)), strict=True))
 
@@ -122,14 +125,15 @@ def test_float32_is_as_good_as_the_recurrence(rule):
     """At most twice the error of the float32 recurrence, over three draws."""
     for pick in rule.shapes:
         for form, chunk in [("parallel", None), ("chunk", None), ("chunk", 64)]:
-            ours = theirs = 0.0
+            ours = theirs = lost = 0.0
             for seed in range(3):
                 signals, start = example(rule, 2, 130, 2, 16, 12, per_channel=pick == -1, seed=seed), state_for(rule, 2, 2, 16, 12)
                 want = fw.scan(rule, **signals, state=start, form="recurrent")
                 low, low_start = {n: x.float() for n, x in signals.items()}, tuple(s.float() for s in start)
                 theirs += error(fw.scan(rule, **low, state=low_start, form="recurrent"), want)
                 ours += error(fw.scan(rule, **low, state=low_start, **how(form, chunk)), want)
-            assert ours <= 2 * theirs + 1e-7
+                lost += max(TINY * x.numel() ** 0.5 / max(x.norm().item(), TINY) for x in (want.y, *states(want)))
+            assert ours <= 2 * theirs + 1e-7 + lost
 
 
 @pytest.mark.parametrize("rule", NOT_AFFINE, ids=name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -186,15 +186,35 @@ _library.define(
 )
 
 
-class Shape:
-    """What the numbers of a ``spec`` say about a call."""
+@functools.lru_cache(maxsize=256)
+def together(program: Program) -> int:
+    """Tokens that the kernels take together in the forward pass."""
+    found, lib = operands(program), library().lib
+    assert isinstance(found, Operands)
+    assert lib is not None
+    spec = Spec(found.spec)
+    p = CProblem(n=spec.n, reads=spec.reads, decay=spec.decay, erase=spec.erase, backward_reads=spec.backward)
+    p.micro = array(CMicro, [CMicro(lag=m[len(SLOTS)]) for m in spec.micro])
+    p.read = array(CRead, [CRead(version=version) for _, version in spec.queries])
+    return lib.fastweights_tokens(ctypes.byref(p))
 
-    def __init__(self, tensors: list[Tensor], first: Tensor, spec: list[int]) -> None:
+
+class Spec:
+    """What the numbers of a ``spec`` say."""
+
+    def __init__(self, spec: Sequence[int]) -> None:
         self.decay, self.erase, self.backward, self.n, self.reads = spec[:5]
         width = len(SLOTS) + 3
         self.micro = [spec[5 + i * width : 5 + (i + 1) * width] for i in range(self.n)]
         rest = spec[5 + self.n * width :]
         self.queries = list(zip(rest[::2], rest[1::2], strict=True))
+
+
+class Shape(Spec):
+    """The same of a call, with its sizes."""
+
+    def __init__(self, tensors: list[Tensor], first: Tensor, spec: Sequence[int]) -> None:
+        super().__init__(spec)
         q = tensors[self.queries[0][0]]
         self.B, self.T = q.shape[:2]
         self.H, self.V, self.K = first.shape[1:]

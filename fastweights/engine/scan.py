@@ -183,7 +183,7 @@ def choose(given: Inputs, form: str, backend: str, chunk_size: int | None) -> Pl
     if backend == "cpu" and refused:
         raise FormError(f"backend 'cpu' is refused for rule {rule.name!r}: {refused}; leave backend='auto', or ask for 'torch'")
     if backend != "torch" and not refused:
-        size = max(cpu.CHUNK // max(known.program.n, len(known.program.reads)), 1)
+        size = cpu.together(known.program)
         why = f"{affine}: the compiled kernels ({cpu.library().isa}) run it chunk by chunk"
         return Plan("chunk", "cpu", size, _flops(given, known, size), why)
     return _torch_plan(given, known, form, chunk_size, affine, "" if backend == "torch" else refused)

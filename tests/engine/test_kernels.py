@@ -15,7 +15,7 @@ import fastweights as fw
 from fastweights import Key, KeyVector, LogDecay, Query, Rate, Value, outer
 from fastweights.engine import cpu
 from fastweights.engine.check import distance, example, gradients
-from fastweights.engine.kernels import library
+from fastweights.engine.kernels import CHUNK, library
 
 pytestmark = pytest.mark.skipif(library().lib is None, reason=f"no kernels: {library().why}")
 EPS = torch.finfo(torch.float32).eps
@@ -93,6 +93,13 @@ def test_tiny_numbers_are_zeros_in_the_kernels_alone():
     assert want < torch.finfo(torch.float32).tiny
     assert (out.state == 0).all()
     assert (torch.full((1000,), 1e-30) * 1e-10 > 0).all()
+
+
+@pytest.mark.parametrize(("rule", "usual"), [(R.hebb, True), (R.gated_delta, True), (R.gated_delta * 3, False), (R.gated_delta.T, False)])
+def test_a_plan_says_how_many_tokens_are_taken_together(rule, usual):
+    signals = single(example(rule, 1, 40, 1, 8, 8))
+    tokens = fw.plan(rule, **signals).chunk_size
+    assert tokens in (2, 4, 8) if usual else tokens == CHUNK // (3 if rule == R.gated_delta * 3 else 1)
 
 
 def test_all_nine_classes_are_served():

@@ -21,7 +21,6 @@ struct Backward {
     using Part = Chunk<DECAY, ERASE>;
     static constexpr int EVENTS = Part::EVENTS, SETS = Part::SETS;
     const Problem& p;
-    const Gradient& grad;
     Layout at;
     Scratch memory;
     Part chunk;
@@ -41,8 +40,8 @@ struct Backward {
                (4 * C + EVENTS + C) * at.Kp + 4096;
     }
 
-    Backward(const Problem& problem, const Gradient& gradient)
-        : p(problem), grad(gradient), at(p), memory{scratch(size(p))}, chunk(p, at, memory, false) {
+    explicit Backward(const Problem& problem)
+        : p(problem), at(p), memory{scratch(size(p))}, chunk(p, at, memory, false) {
         chunk.gradient = &to;
         states = memory.take(slots(p) * at.state()), zeros = memory.take(at.state()), dS = memory.take(at.state());
         given = memory.take(2 * C * at.Vp), given_turned = memory.take(2 * C * at.Vp);
@@ -59,7 +58,7 @@ struct Backward {
     void rebuild(float* slot, const float* from, int64_t token, int count, int64_t row) {
         chunk.load_keys(token, count, false);
         load_values(row);
-        chunk.write(all(at), slot, from, chunk.ends);
+        chunk.write(slot, from, chunk.ends);
     }
 
     void load_values(int64_t of_head) {
@@ -100,11 +99,11 @@ struct Backward {
 
     void gradient_of_values() {
         float* first = gradient_of_first();
-        read_rows(chunk.next, at, all(at), first, chunk.ends, dS, chunk.steps);
+        read_rows(chunk.next, at, first, chunk.ends, dS, chunk.steps);
         if (ERASE == NO_ERASE && usual(p) && chunk.steps == C) solve_usual(first);
         else solve(first, 0, ERASE != NO_ERASE);
         if (ERASE != FREE) return;
-        read_rows(chunk.next, at, all(at), dvalues + C * at.Vp, chunk.ends + C * at.Kp, dS, chunk.steps);
+        read_rows(chunk.next, at, dvalues + C * at.Vp, chunk.ends + C * at.Kp, dS, chunk.steps);
         solve(dvalues + C * at.Vp, C, true);
     }
 
@@ -170,17 +169,6 @@ struct Backward {
 
     // ---- key space ---------------------------------------------------------------------------------------------------
 
-    // a row of S . the same row of dS, for L keys
-    vec row_sums(const float* S, int k) const {
-        vec products[L] = {};
-        for (int n = 0; n < at.panels; n++)
-            for (int j = 0; j < L; j++) {
-                int64_t of = (static_cast<int64_t>(n) * at.Kp + k + j) * at.panel;
-                for (int v = 0; v < at.panel; v += L) products[j] += load(S + of + v) * load(dS + of + v);
-            }
-        return sums(products);
-    }
-
     // the products of SUMMED numbers of S with those of dS, summed to a vector
     static constexpr int SUMMED = 8 * L;
     INLINE vec products_with_dS(const float* S, int64_t at) const {
@@ -213,7 +201,7 @@ struct Backward {
                 taken[v - 1] = from_start, to_end[v - 1] = a;
                 a *= load(chunk.decay + (v - 1) * at.Kp + k);
             }
-            vec whole = row_sums(S, k) * load(chunk.left + steps * at.Kp + k), left_there = {};
+            vec whole = row_sums(at, S, dS, k) * load(chunk.left + steps * at.Kp + k), left_there = {};
             for (int e = 0; e < steps; e++) {
                 store(dlog + e * at.Kp + k, whole + (taken[e] + left_there));
                 for (int s = 0; s < SETS; s++) {
@@ -255,9 +243,9 @@ struct Backward {
     // dS at the start of the chunk
     void advance() {
         if (ERASE == NO_ERASE)
-            write_rows(chunk.next, at, all(at), dS, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled + C * at.Kp, given + C * at.Vp, chunk.reads);
+            write_rows(chunk.next, at, dS, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled + C * at.Kp, given + C * at.Vp, chunk.reads);
         else
-            write_two_sets(chunk.next, at, all(at), dS, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled, given, chunk.steps, chunk.reads);
+            write_two_sets(chunk.next, at, dS, dS, chunk.total(), Part::TOTAL_STRIDE, chunk.scaled, given, chunk.steps, chunk.reads);
     }
 
     // Between the events and readers of the chunk, where decays are numbers and part of the weights.
@@ -345,7 +333,7 @@ struct Backward {
     // The query of a program on rows is in value space: its gradient is read as an output is.
     void gradient_of_backward_queries(const float* S) {
         float* rows = given_turned;
-        read_rows(chunk.next, at, all(at), rows, chunk.scaled + C * at.Kp, S, chunk.reads);
+        read_rows(chunk.next, at, rows, chunk.scaled + C * at.Kp, S, chunk.reads);
         for (int r = 0; r < chunk.reads; r++)
             for (int s = 0; s < SETS; s++)
                 combine(rows + r * at.Vp, chunk.score + (C + r) * EVENTS + s * C, 1, chunk.values + s * C * at.Vp, at.Vp,
@@ -463,7 +451,7 @@ static void backward(Job job) {
         [](void* context, int64_t i) {
             const Job& job = *static_cast<Job*>(context);
             const int64_t groups = job.grad->groups, heads = job.p->H / groups;
-            Pass pass(*job.p, *job.grad);
+            Pass pass(*job.p);
             for (int64_t h = 0; h < heads; h++) head(pass, *job.grad, i / groups, i % groups * heads + h);
         },
         &job);

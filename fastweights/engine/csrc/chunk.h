@@ -80,9 +80,9 @@ struct Chunk {
     }
 
     // S at the end of the chunk from S at its start
-    void write(Panels of, float* to, const float* from, const float* rows) {
-        if (ERASE == FREE) write_two_sets(next, at, of, to, from, total(), TOTAL_STRIDE, rows, values, steps, steps);
-        else write_rows(next, at, of, to, from, total(), TOTAL_STRIDE, rows, values, steps);
+    void write(float* to, const float* from, const float* rows) {
+        if (ERASE == FREE) write_two_sets(next, at, to, from, total(), TOTAL_STRIDE, rows, values, steps, steps);
+        else write_rows(next, at, to, from, total(), TOTAL_STRIDE, rows, values, steps);
     }
 
     // What reads S: x and q, times what is left of S by then unless that is outside
@@ -95,7 +95,6 @@ struct Chunk {
     INLINE const Micro& micro(int i) const { return head.micro[of_token(i, n)]; }
     INLINE const Read& read(int r) const { return head.read[of_token(r, per_token)]; }
     INLINE static int of_token(int i, int per) { return per == 1 ? 0 : i % per; }
-    INLINE int64_t offset(const Tensor& t, int i, int per) const { return (token + (per == 1 ? i : i / per)) * t.time; }
     // what is left of S at version v after the start of the chunk, as a scale for rows of S
     const float one[1] = {1.0f};
     INLINE const float* total() const { return DECAY == NO_DECAY ? one : left + (DECAY == PER_KEY ? steps * at.Kp : steps); }

@@ -41,13 +41,13 @@ struct Forward {
         if (ERASE != NO_ERASE || !p.backward_reads) chunk.scores();
         chunk.load_u(chunk.values + (ERASE == FREE ? C * at.Vp : 0));
         float* saved = p.values && ERASE != NO_ERASE ? p.values + (row * p.T + chunk.token) * p.n * at.Vp : nullptr;
-        if (ERASE != NO_ERASE) read_rows(chunk.next, at, all(at), out, chunk.x_rows(), S, chunk.steps);
-        if (!p.backward_reads) read_rows(chunk.next, at, all(at), out + C * at.Vp, chunk.q_rows(), S, chunk.reads);
+        if (ERASE != NO_ERASE) read_rows(chunk.next, at, out, chunk.x_rows(), S, chunk.steps);
+        if (!p.backward_reads) read_rows(chunk.next, at, out + C * at.Vp, chunk.q_rows(), S, chunk.reads);
         if (ERASE != NO_ERASE) solve(saved);
         if (p.backward_reads) read_back_queries();
         else read_queries();
         decay_values();
-        chunk.write(all(at), S, S, chunk.ends_rows());
+        chunk.write(S, S, chunk.ends_rows());
     }
 
     // A vector of columns at a time, the values of the chunk in registers
@@ -166,4 +166,13 @@ static void forward_of(Problem& p) {
 
 extern "C" __attribute__((visibility("default"))) void fastweights_forward(fw::Problem* p) {
     fw::dispatch(*p, [&](auto decay, auto erase) { fw::forward_of<decay.value, erase.value>(*p); });
+}
+
+// The tokens that the forward pass takes together.
+extern "C" __attribute__((visibility("default"))) int64_t fastweights_tokens(fw::Problem* p) {
+    int64_t tokens = 0;
+    fw::dispatch(*p, [&](auto decay, auto erase) {
+        tokens = fw::usual(*p) ? fw::Usual<decay.value, erase.value, 2>::N : fw::Chunk<decay.value, erase.value>::most_tokens(*p);
+    });
+    return tokens;
 }

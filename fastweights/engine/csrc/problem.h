@@ -109,7 +109,8 @@ struct Scratch {
 };
 float* scratch(int64_t numbers);
 
-// Runs work(context, i) for i < tasks on up to `threads` threads of the runtime that torch has loaded.
+// Runs work(context, i) for i < tasks on up to `threads` threads of the runtime that torch has loaded, where numbers below the normal
+// ones are zeros meanwhile.
 void parallel(int64_t tasks, int64_t threads, void (*work)(void*, int64_t), void* context, bool same_thread = false);
 
 }  // namespace fw

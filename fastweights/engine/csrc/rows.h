@@ -114,14 +114,9 @@ SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int r
 
 // ---- products with S, in panels ------------------------------------------------------------------------------------
 
-struct Panels {
-    int first, last;
-};
-INLINE Panels all(const Layout& at) { return {0, at.panels}; }
-
 // out[r] = rows[r] . S for `count` rows (out and rows have room for whole tiles)
-SHARED void read_rows(Ahead& next, const Layout& at, Panels of, float* out, const float* rows, const float* S, int count) {
-    for (int n = of.first; n < of.last; n++)
+SHARED void read_rows(Ahead& next, const Layout& at, float* out, const float* rows, const float* S, int count) {
+    for (int n = 0; n < at.panels; n++)
         for (int r = 0; r < count; r += MR) {
             next.fetch();
             float* to = out + r * at.Vp + n * at.panel;
@@ -132,9 +127,8 @@ SHARED void read_rows(Ahead& next, const Layout& at, Panels of, float* out, cons
 }
 
 // S = diag(scale) from + keys^T values
-SHARED void write_rows(Ahead& next, const Layout& at, Panels of, float* S, const float* from, const float* scale, int scale_stride,
-                       const float* keys, const float* values, int count) {
-    for (int n = of.first; n < of.last; n++)
+SHARED void write_rows(Ahead& next, const Layout& at, float* S, const float* from, const float* scale, int scale_stride, const float* keys, const float* values, int count) {
+    for (int n = 0; n < at.panels; n++)
         for (int k = 0; k < at.Kp; k += MR) {
             next.fetch();
             float* to = S + n * at.Kp * at.panel + k * at.panel;
@@ -145,28 +139,43 @@ SHARED void write_rows(Ahead& next, const Layout& at, Panels of, float* S, const
 }
 
 // The same with two sets of rows, of which the second begins C rows on.
-INLINE void write_two_sets(Ahead& next, const Layout& at, Panels of, float* S, const float* from, const float* scale, int scale_stride,
+INLINE void write_two_sets(Ahead& next, const Layout& at, float* S, const float* from, const float* scale, int scale_stride,
                            const float* keys, const float* values, int count, int more) {
     static const float one[1] = {1.0f};
     const bool joined = count == C;
-    write_rows(next, at, of, S, from, scale, scale_stride, keys, values, joined ? C + more : count);
-    if (!joined) write_rows(next, at, of, S, S, one, 0, keys + C * at.Kp, values + C * at.Vp, more);
+    write_rows(next, at, S, from, scale, scale_stride, keys, values, joined ? C + more : count);
+    if (!joined) write_rows(next, at, S, S, one, 0, keys + C * at.Kp, values + C * at.Vp, more);
 }
 
 // out (Kp x width) = S values^T, the values transposed: (Vp x width); width is a multiple of C
 SHARED void read_back(Ahead& next, const Layout& at, float* out, const float* S, const float* turned, int width) {
     const int64_t panel = static_cast<int64_t>(at.Kp) * at.panel;
+    const int p = at.panel, n = at.panels;
     int c = 0;
     for (; c + 2 * L <= width; c += 2 * L)
         for (int k = 0; k < at.Kp; k += MR) {
             next.fetch();
-            tile<MR, 2, ZERO>(out + k * width + c, width, S + k * at.panel, at.panel, 1, turned + c, width, at.panel, nullptr, nullptr, 0, at.panels, panel);
+            tile<MR, 2, ZERO>(out + k * width + c, width, S + k * p, p, 1, turned + c, width, p, nullptr, nullptr, 0, n, panel);
         }
     for (; c < width; c += L)
         for (int k = 0; k < at.Kp; k += 2 * MR) {  // Kp is a multiple of L, which is 2 MR where C is no multiple of 2 L
             next.fetch();
-            tile<2 * MR, 1, ZERO>(out + k * width + c, width, S + k * at.panel, at.panel, 1, turned + c, width, at.panel, nullptr, nullptr, 0, at.panels, panel);
+            tile<2 * MR, 1, ZERO>(out + k * width + c, width, S + k * p, p, 1, turned + c, width, p, nullptr, nullptr, 0, n, panel);
         }
+}
+
+// a row of S . the same row of dS, for L keys from k on
+INLINE vec row_sums(const Layout& at, const float* S, const float* dS, int k) {
+    vec products[L];
+#pragma GCC unroll 16
+    for (int j = 0; j < L; j++) products[j] = vec{};
+    for (int n = 0; n < at.panels; n++) {
+        const int64_t of = (static_cast<int64_t>(n) * at.Kp + k) * at.panel;
+#pragma GCC unroll 16
+        for (int j = 0; j < L; j++)
+            for (int v = 0; v < at.panel; v += L) products[j] += load(S + of + j * at.panel + v) * load(dS + of + j * at.panel + v);
+    }
+    return sums(products);
 }
 
 // S from and to the state of a head, which may have any strides.

@@ -1,5 +1,5 @@
-// The backward pass of the usual programs that erase, block by block from the last to the first. In the words of block.h, with do_i the gradient of
-// what q_i read, dS that of S at the end of the block and S_0 the state at its start,
+// The backward pass of the usual programs that erase, block by block from the last to the first. In the words of block.h, with do_i the
+// gradient of what q_i read, dS that of S at the end of the block and S_0 the state at its start,
 //
 //   dval_e = dS^T (D(e -> N) y_e) + sum over i >= e of score(q_i, e) do_i + sum over i > e of score(x_i, e) dval_i
 //   dx_i   = P_i (S_0 dval_i)     + sum over e <  i of (dval_i . val_e) D(e -> i) y_e
@@ -41,7 +41,7 @@ struct UsualBackward {
     }
     static int64_t most_tokens(const Problem&) { return N; }
 
-    explicit UsualBackward(const Problem& problem, const Gradient&) : p(problem), memory{scratch(size(p))}, block(p, memory, true), at(block.at) {
+    explicit UsualBackward(const Problem& problem) : p(problem), memory{scratch(size(p))}, block(p, memory, true), at(block.at) {
         states = memory.take(slots(p) * at.state()), zeros = memory.take(at.state()), dS = memory.take(at.state());
         given = memory.take(L * at.Vp), values = memory.take(L * at.Vp), du = memory.take(N * at.Vp);
         seen = memory.take(L * at.Vp), written = memory.take(L * at.Vp);
@@ -210,20 +210,6 @@ struct UsualBackward {
         transpose(out, L, sums, L, L, L);
     }
 
-    INLINE vec row_sums(const float* S, int k) const {
-        vec products[L];
-#pragma GCC unroll 16
-        for (int j = 0; j < L; j++) products[j] = vec{};
-        for (int n = 0; n < at.panels; n++) {
-            const int64_t of = (n * static_cast<int64_t>(at.Kp) + k) * W;
-#pragma GCC unroll 16
-            for (int j = 0; j < L; j++)
-#pragma GCC unroll 2
-                for (int v = 0; v < NV; v++) products[j] += fw::load(S + of + j * W + v * L) * fw::load(dS + of + j * W + v * L);
-        }
-        return sums(products);
-    }
-
     // Where a number decays all keys it is part of T, U and the weights.
     INLINE void per_head(const float* S, int k, float* T, float* U) {
         const int64_t K = at.Kp;
@@ -283,7 +269,7 @@ struct UsualBackward {
             later += through(T + (Q * N + v - 1) * L, block.scaled + (Q * N + v - 1) * K + k, so_far[v]);
             log[v - 1] = later;
         }
-        vec before = row_sums(S, k) * so_far[N];  // what passes through all of the block, and what events before a token leave in S
+        vec before = row_sums(at, S, dS, k) * so_far[N];  // what passes through all of the block, and what events before a token leave in S
 #pragma GCC unroll 8
         for (int e = 0; e < N; e++) {
             log[e] += before;

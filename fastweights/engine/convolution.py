@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu import no_second_derivative
 from .kernels import NOTHING, TYPES, CTensor, array, large, library, tensor
+from .operator import no_second_derivative
 
 WIDTHS = range(2, 9)  # of the compiled kernels
 _EPSILON = 1e-6

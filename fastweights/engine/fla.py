@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..language.expr import Expr
 from ..language.program import Program
-from .cpu import Operand, flat, split, traced
+from .cpu import Operand, flat, split
 from .inputs import Inputs, may_look
 from .lowered import Prepared
+from .operator import traced
 
 # by decay and erase: the module of fla.ops and the function
 _KERNELS = {
@@ -107,7 +108,7 @@ def refusal(program: Program, given: Inputs) -> str:
     found = arguments(program)
     if isinstance(found, str):
         return found
-    if not may_look() or traced((*given.signals.values(), *given.states)):
+    if not may_look(given.states[0]) or traced((*given.signals.values(), *given.states)):
         return "fla's kernels run outside of torch.compile and of the transforms of torch.func"
     K, V = (given.V, given.K) if program.transposed else (given.K, given.V)
     if program.erase != "none" and K > _MOST_KEYS:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..language.errors import SignalError, SignalTypeError
 from ..language.rule import Rule
@@ -48,9 +49,11 @@ class Inputs:
         return states | {n: tuple(x.shape[3:]) for n, x in self.signals.items()} | left_out
 
 
-def may_look() -> bool:
-    """Whether values may be looked at: not while a graph is compiled, nor inside vmap and its kin."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None  # pyright: ignore[reportAttributeAccessIssue]
+def may_look(x: Tensor) -> bool:
+    """Whether values may be looked at: not while a graph is compiled, nor inside vmap and its kin, nor where there are none."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    return not x.is_meta and not isinstance(x, FakeTensor)
 
 
 def require_rule(rule: Any) -> None:
@@ -86,7 +89,7 @@ def check(
                 f"{rule.name}: signal {n!r} ({role}) has shape {tuple(signals[n].shape)}: for one token and head it is "
                 f"{tuple(x.shape[3:])}, expected {' or '.join(map(str, shapes))}, with K = {K} and V = {V}"
             )
-        if role.log_decay and x.numel() and may_look() and bool((x > 0).any()):
+        if role.log_decay and x.numel() and may_look(x) and bool((x > 0).any()):
             raise SignalError(
                 f"{rule.name}: signal {n!r} is the log of a decay and must be <= 0, but its largest value is {x.max().item():g}; "
                 "pass decay.log(), or -softplus(...)"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK = 16  # micro-steps a chunk, as in csrc/problem.h
 _BUILD_HINT = "a C++17 compiler (GCC 12 or later, or Clang) at install builds them: pip install --force-reinstall --no-deps fastweights"
@@ -36,6 +36,10 @@ class CRead(ctypes.Structure):
     _fields_ = [("q", CTensor), ("out", CTensor), ("version", ctypes.c_int64)]
 
 
+class CUse(ctypes.Structure):
+    _fields_ = [("place", ctypes.c_void_p), ("address", ctypes.c_int64)]
+
+
 class CProblem(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("B", "T", "H", "K", "V", "n", "reads", "decay", "erase", "backward_reads")),
@@ -47,8 +51,11 @@ class CProblem(ctypes.Structure):
         *((n, ctypes.c_int64) for n in ("reset_batch", "reset_time")),
         ("values", ctypes.c_void_p),
         ("checkpoints", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in ("segment", "threads")),
-        ("positive", ctypes.POINTER(ctypes.c_int64)),
+        *((n, ctypes.c_int64) for n in ("segment", "uses")),
+        ("use", ctypes.POINTER(CUse)),
+        ("address", ctypes.POINTER(ctypes.c_void_p)),
+        ("threads", ctypes.c_int64),
+        ("positive", ctypes.c_void_p),
     ]
 
 
@@ -155,6 +162,13 @@ def _openmp_entries() -> tuple[int | None, int | None]:
     return None, None
 
 
+def opened() -> ctypes.CDLL:
+    """The kernels, where a call has found out that there are some."""
+    lib = library().lib
+    assert lib is not None
+    return lib
+
+
 _LARGE = 1 << 22  # bytes from which memory comes fresh from the system, a page fault at a time
 
 
@@ -162,11 +176,14 @@ def large(fresh: Tensor) -> Tensor:
     """The same tensor, on large pages if it is long: for memory that a kernel is about to write for the first time."""
     size = fresh.numel() * fresh.itemsize
     if size >= _LARGE:
-        lib = library().lib
-        assert lib is not None
-        lib.fastweights_large_pages(ctypes.c_void_p(fresh.data_ptr()), ctypes.c_int64(size))
+        opened().fastweights_large_pages(ctypes.c_void_p(fresh.data_ptr()), ctypes.c_int64(size))
     return fresh
 
 
 def array(kind: type[ctypes.Structure], items: Sequence[ctypes.Structure]) -> ctypes.Array:
     return (kind * max(len(items), 1))(*items)
+
+
+def at(structure: ctypes.Structure, field: str) -> int:
+    """The address of a field, or of the data that it begins with."""
+    return ctypes.addressof(structure) + getattr(type(structure), field).offset

@@ -223,7 +223,7 @@ def _contained(micro: Micro, weights: Tensor) -> tuple[Micro, Tensor, Tensor | N
         bad = bad | ~micro.u.isfinite()
     unread = [~q.isfinite().all(-1, keepdim=True) for q in micro.readers]
     start = ~weights.isfinite().all(-1)
-    if may_look() and not any(bool(flag.any()) for flag in (bad, start, *unread)):
+    if may_look(weights) and not any(bool(flag.any()) for flag in (bad, start, *unread)):
         return micro, weights, None, unread
     shape = torch.broadcast_shapes(bad.shape, start.unsqueeze(-2).shape, (micro.steps, 1))
     bad = bad.expand(shape)

@@ -1,89 +1,147 @@
-"""Calls of the kernels that need no gradient, prepared once for each signature (shapes, strides, types): later ones cost microseconds."""
+"""Calls of the kernels, prepared once for each signature (shapes, strides, types, gradients): later ones cost microseconds.
+
+In a stream of single tokens, what lies between the caller and the kernel has left the caches since the last one: every object that is
+looked at costs more than what is done with it. So little is looked at.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cpu
-from .inputs import Inputs, check, may_look
-from .kernels import NOTHING, large, library
+from .inputs import Inputs, check
+from .kernels import at, opened, state, tensor
+from .operator import Forward, Frame, positive_decay, recorded, scanned, traced
 
-_MOST_SIGNATURES = 256
+_MOST = 16  # signatures of a rule that are kept
 _known = threading.local()  # the structures of a call are not for two threads at once
+_UNKNOWN = object()
+_address = Tensor.data_ptr
 
 
-def prepared(rule: Any, W: Tensor | None, signals: dict[str, Any], time: bool) -> Call | None:
-    """The call for what was given; None where it must be looked at anew every time, or the kernels do not serve it."""
-    if not may_look():
+def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """What is read, and the last state; None where the call must be looked at anew every time, or the kernels do not serve it."""
+    if recorded():
         return None
-    given = signals.values() if W is None else (W, *signals.values())
+    key = (id(rule), torch.is_grad_enabled(), *signals, W is None, reset is None)
+    given = (*signals.values(), *(() if W is None else (W,)), *(() if reset is None else (reset,)))
+    call = _find(key, given)
+    if call is _UNKNOWN:
+        call = _keep(key, given, rule, _scan(check(rule, signals, W, reset), given))
+    if call is None:
+        return None
+    forward, names = call
+    y, new = scanned(forward, [signals[n] for n in names], W, reset)
+    return y, new
+
+
+def step(rule: Any, W: Tensor, out: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """The same for one token, where no gradient is asked for; the new state is written to ``out`` if given."""
+    if recorded():
+        return None
+    key, given = (id(rule), torch.is_grad_enabled(), *signals), (*signals.values(), W)
+    call = _find(key, given)
+    if call is _UNKNOWN:
+        call = _keep(key, given, rule, _step(check(rule, signals, W, time=False), given))
+    return None if call is None or (out is not None and not call.takes(out, W)) else call(given, out)
+
+
+def _find(key: tuple[Any, ...], given: tuple[Tensor, ...]) -> Any:
+    """The call for tensors like these."""
     try:
-        key = (id(rule), time, W is None, *signals, *[(x.shape, x.stride(), x.dtype, x.is_cpu) for x in given])
-    except (AttributeError, TypeError):  # not a tensor: the check will say so
+        for fits, call, _ in _known.calls[key]:
+            if fits(*given):
+                return call
+    except (AttributeError, KeyError):
+        pass  # the first of this thread, or of this rule
+    return _UNKNOWN
+
+
+def _keep(key: tuple[Any, ...], given: tuple[Tensor, ...], rule: Any, call: Any) -> Any:
+    if traced(given):
         return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        return None
+    if not hasattr(_known, "calls"):
+        _known.calls = {}
+    # the rule is kept, so that its id stays its own
+    _known.calls[key] = [(_fits(given), call, rule), *_known.calls.get(key, ())][:_MOST]
+    return call
+
+
+def _fits(given: tuple[Tensor, ...]) -> Callable[..., bool]:
+    """Says of tensors whether they are of the types, sizes and strides of these, and ask for the same gradients."""
+    sizes: list[Any] = [[*x.shape] for x in given]
+    strides: list[Any] = [[*x.stride()] for x in given]
     try:
-        calls = _known.calls
-    except AttributeError:
-        calls = _known.calls = {}
-    if key not in calls:
-        if len(calls) >= _MOST_SIGNATURES:
-            calls.clear()
-        calls[key] = rule, _prepare(check(rule, signals, W, time=time), W is None, time)  # the rule is kept: its id stays its own
-    return calls[key][1]
+        from torch._C._dynamo.guards import TensorGuards  # as torch.compile does: one call instead of five a tensor
+
+        return TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    except (ImportError, TypeError):  # it is no public part of torch
+        return fits_in_python(given)
 
 
-def _prepare(given: Inputs, from_zero: bool, time: bool) -> Call | None:
-    program, W = given.rule.trace_for(given.token_shapes()).program, given.states[0]
+def fits_in_python(given: tuple[Tensor, ...]) -> Callable[..., bool]:
+    """The same without a part of torch that may change."""
+
+    def of(x: Any) -> tuple[Any, ...] | None:
+        dense = isinstance(x, Tensor) and x.layout == torch.strided
+        return (type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if dense else None
+
+    known = [of(x) for x in given]
+    return lambda *tensors: [of(x) for x in tensors] == known
+
+
+def _operands(given: Inputs) -> tuple[cpu.Operands, list[str]] | None:
+    """What the kernels are handed, and which signals that is; None if some of it is computed first, or they do not serve the call."""
+    program = given.rule.trace_for(given.token_shapes()).program
     if program is None or program.carries or program.transposed or len(given.states) > 1 or not given.T or cpu.refusal(program, given):
         return None
-    found = cpu.operands(program)
-    names = {leaf: name for name, leaf in program.leaves.items()}
+    found, names = cpu.operands(program), {leaf: name for name, leaf in program.leaves.items()}
     if isinstance(found, str) or len(program.reads) != 1 or program.output is not program.read_leaves[0] or program.reads[0].backward:
         return None
-    if not all(e in names for e in found.tensors):
+    return (found, [names[e] for e in found.tensors]) if all(e in names for e in found.tensors) else None
+
+
+def _scan(given: Inputs, tensors: tuple[Tensor, ...]) -> tuple[Forward, list[str]] | None:
+    operands = _operands(given)
+    if operands is None:
         return None
-    if not time and (any(step.lag for step in program.steps) or 1 not in W.stride()[-2:]):  # csrc/step.cpp
+    found, names = operands
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    program = given.rule.trace_for(given.token_shapes()).program
+    if save and (given.slow or program is None or cpu.mixed_decays(program)):
         return None
-    return Call(given, found, [names[e] for e in found.tensors], from_zero, time)
+    handed = [given.signals[n] for n in names]
+    return Forward(handed, given.states[0], given.reset, found.spec, found.scales, given.out, save, given.rule.name), names
 
 
-def _span(x: Tensor) -> int:
-    """Bytes from the first number to behind the last."""
-    return x.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
+def _step(given: Inputs, tensors: tuple[Tensor, ...]) -> Step | None:
+    operands, W = _operands(given), given.states[0]
+    if operands is None or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return None
+    program = given.rule.trace_for(given.token_shapes()).program
+    if program is None or any(step.lag for step in program.steps) or 1 not in W.stride()[-2:]:  # csrc/step.cpp
+        return None
+    return Step(given, *operands)
 
 
-class Call:
-    """A prepared call: its C structures, in which only addresses change from call to call."""
+class Step:
+    """The call of one token."""
 
-    def __init__(self, given: Inputs, found: cpu.Operands, names: list[str], from_zero: bool, time: bool) -> None:
-        self.rule, W = given.rule, given.states[0]
-        tensors = [given.signals[n] for n in names]
-        shape = cpu.Shape(tensors, W, list(found.spec))
-        like = torch.empty(given.B, given.T, given.H, shape.width, dtype=given.out)
-        self.y_like = like if time else like.squeeze(1)
-        self.problem = p = shape.problem(tensors, W, None, list(found.scales), [cpu.tensor(like)])
-        self.W_like = torch.empty_like(W)
-        p.first, p.last = NOTHING if from_zero else p.first, cpu.state(self.W_like)
-        self.positive = ctypes.c_int64(0)
-        p.positive = ctypes.pointer(self.positive)
-        slots: dict[str, list[Any]] = {n: [] for n in names}
-        for micro, m in zip(p.micro[: shape.n], shape.micro, strict=True):
-            for slot, i in zip(cpu.SLOTS, m, strict=False):
-                if i >= 0:
-                    slots[names[i]].append(getattr(micro, slot))
-        slots[names[shape.queries[0][0]]].append(p.read[0].q)
-        self.slots = list(slots.items())
-        self.first, self.last, self.read = p.first, p.last, p.read[0].out
-        lib = library().lib
-        assert lib is not None
-        self.run, self.reference = lib.fastweights_forward if time else lib.fastweights_step, ctypes.byref(p)
+    def __init__(self, given: Inputs, found: cpu.Operands, names: list[str]) -> None:
+        W, self.where = given.states[0], given.rule.name
+        self.frame = frame = Frame([given.signals[n] for n in names], W, None, found.spec, found.scales)
+        y = torch.empty(given.B, given.T, given.H, given.V, dtype=given.out)
+        self.y_like, self.W_like = y.squeeze(1), torch.empty_like(W)
+        frame.c_read[0].out, frame.problem.last = tensor(y), state(self.W_like)
+        places = dict(zip(names, frame.tensor_places, strict=True))
+        states = [at(frame.problem, "first")], [at(frame.problem, "last")]
+        frame.bind(*(places.get(n, []) for n in given.signals), *states, [at(frame.c_read[0], "out")])
+        self.addresses, self.reference, self.run = frame.addresses, frame.reference, opened().fastweights_step
 
     def takes(self, out: Any, W: Tensor) -> bool:
         """Whether the new state may be written to ``out`` while W is read: it is W, or no part of it."""
@@ -93,20 +151,15 @@ class Call:
         a, b = out.data_ptr(), W.data_ptr()
         return a == b or a >= b + _span(W) or b >= a + _span(out)
 
-    def __call__(self, W: Tensor | None, out: Tensor | None, signals: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What is read, and the new state, in ``out`` if given."""
-        for name, places in self.slots:
-            address = signals[name].data_ptr()
-            for place in places:
-                place.data = address
-        y = large(torch.empty_like(self.y_like))
+    def __call__(self, given: tuple[Tensor, ...], out: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = torch.empty_like(self.y_like)
         new = torch.empty_like(self.W_like) if out is None else out
-        if W is not None:
-            self.first.data = W.data_ptr()
-        self.last.data, self.read.data = new.data_ptr(), y.data_ptr()
-        self.problem.threads = torch.get_num_threads()
-        self.run(self.reference)
-        if self.positive.value:
-            self.positive.value = 0
-            raise cpu.positive_decay(self.rule.name)
+        self.addresses[:] = [*map(_address, given), new.data_ptr(), y.data_ptr()]
+        if self.run(self.reference, torch.get_num_threads()):
+            raise positive_decay(self.where)
         return y, new
+
+
+def _span(x: Tensor) -> int:
+    """Bytes from the first number to behind the last."""
+    return x.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))

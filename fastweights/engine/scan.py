@@ -13,12 +13,11 @@ from ..language.program import Program
 from ..language.roles import ROLES
 from ..language.rule import FORMS, RULES, Rule
 from ..language.trace import Trace
-from . import cpu, fla, lowered, sequential
+from . import cpu, fla, lowered, prepared, sequential
 from .chunk import chunked
 from .coupled import coupled
 from .inputs import Inputs, check, may_look, one_of, require_rule, whole_number
 from .parallel import parallel
-from .prepared import prepared
 from .recurrent import recurrent
 
 BACKENDS = ("torch", "cpu", "fla")
@@ -91,16 +90,10 @@ def scan(
         options = (form, backend, chunk_size, reset is not None, tuple(signals))
         y, *new = _scan_in_graph(rule.number, options, [*states, *(() if reset is None else (reset,)), *signals.values()])
         return Output(y, tuple(new) if len(new) > 1 else new[0])
-    if (
-        form == "auto"
-        and backend in ("auto", "cpu")
-        and chunk_size is None
-        and reset is None
-        and (state is None or isinstance(state, Tensor))
-    ):
-        call = prepared(rule, state, signals, time=True)
-        if call is not None:
-            return Output(*call(state, None, signals))
+    if form == "auto" and backend in ("auto", "cpu") and chunk_size is None and (state is None or isinstance(state, Tensor)):
+        done = prepared.scan(rule, state, reset, signals)
+        if done is not None:
+            return Output(*done)
     given = check(rule, signals, state, reset)
     return run(given, choose(given, form, backend, chunk_size))
 
@@ -308,7 +301,7 @@ def attention_matrix(rule: Rule, *, reset: Tensor | None = None, **signals: Tens
     some = torch.linspace(-1, 2, math.prod(shape), dtype=given.out, device=given.device).sin().reshape(shape)
     seen = _in_parallel(rule, {**signals, "v": some}, reset)
     off = (torch.einsum("bhts,bshv->bthv", A, some) - seen).norm()
-    if may_look() and bool(off > 100 * torch.finfo(A.dtype).eps * (seen.norm() + 1)):
+    if may_look(A) and bool(off > 100 * torch.finfo(A.dtype).eps * (seen.norm() + 1)):
         raise FormError(f"rule {rule.name!r} has no attention matrix: what it reads is not linear in v; use fw.unroll to look at W")
     return A
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..language.errors import SignalError, SignalTypeError
 from ..language.rule import Rule
+from . import prepared
 from .inputs import check
-from .prepared import prepared
 from .scan import Output, choose, run, scan
 
 
@@ -27,15 +27,16 @@ def step(
     >>> y.tolist(), W.shape
     ([[[3.0, 3.0]]], torch.Size([1, 1, 2, 1]))
     """
-    if torch.compiler.is_compiling() and out is None:
+    compiling = torch.compiler.is_compiling()
+    if compiling and out is None:
         y, state = scan(
             rule, state=W, reset=None, form=form, backend=backend, chunk_size=None, **{n: x.unsqueeze(1) for n, x in signals.items()}
         )
         return Output(y.squeeze(1), state)
-    if form == "auto" and backend in ("auto", "cpu") and isinstance(W, Tensor):
-        call = prepared(rule, W, signals, time=False)
-        if call is not None and (out is None or call.takes(out, W)):
-            return Output(*call(W, out, signals))
+    if not compiling and form == "auto" and backend in ("auto", "cpu") and isinstance(W, Tensor):
+        done = prepared.step(rule, W, out, signals)
+        if done is not None:
+            return Output(*done)
     given = check(rule, signals, W, time=False)
     y, state = run(given, choose(given, form, backend, None))
     if out is not None:

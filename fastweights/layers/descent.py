@@ -280,7 +280,7 @@ def _memory(state: Mapping[str, Tensor] | None, first: Weights, momentum: bool, 
 
 
 def _check_finite(given: Inputs, y: Tensor, memory: Weights) -> None:
-    if not may_look() or (bool(y.isfinite().all()) and all(bool(w.isfinite().all()) for w in memory.values())):
+    if not may_look(y) or (bool(y.isfinite().all()) and all(bool(w.isfinite().all()) for w in memory.values())):
         return
     bad = [n for n, x in given.signals.items() if not bool(x.isfinite().all())]
     why = f"descent diverged at rates up to {given.signals['beta'].max().item():g}; lower beta, or give keys unit length"

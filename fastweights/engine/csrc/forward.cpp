@@ -164,8 +164,11 @@ static void forward_of(Problem& p) {
 
 }  // namespace fw
 
-extern "C" __attribute__((visibility("default"))) void fastweights_forward(fw::Problem* p) {
+// Whether a log decay was > 0.
+extern "C" __attribute__((visibility("default"))) int fastweights_forward(fw::Problem* p, int threads) {
+    fw::Call call(*p, threads);
     fw::dispatch(*p, [&](auto decay, auto erase) { fw::forward_of<decay.value, erase.value>(*p); });
+    return call.positive;
 }
 
 // The tokens that the forward pass takes together.

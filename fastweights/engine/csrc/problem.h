@@ -1,4 +1,4 @@
-// What a scan is given, as plain data: the same structures, field by field, as in engine/cpu.py.
+// What a scan is given, as plain data: the same structures, field by field, as in engine/kernels.py.
 //
 // A token is n micro-steps  S <- diag(a) S + (sum over writes of key value^T)  of a state S (K keys x V values), with
 //   erase none   write  w u^T              erase tied   write  y (u + S^T x)^T           erase free   write  y (S^T x)^T + w u^T
@@ -45,6 +45,12 @@ struct Read {
     int64_t version;     // after how many micro-steps of the token
 };
 
+// Where an address of a call belongs.
+struct Use {
+    char** place;
+    int64_t address;
+};
+
 struct Problem {
     int64_t B, T, H, K, V, n, reads;
     Decay decay;
@@ -58,8 +64,11 @@ struct Problem {
     float* values;       // what a tied or free erase wrote, (B, H, T * n, padded V); missing where nothing is saved
     float* checkpoints;  // S at the start of every segment, as the kernels lay it out; likewise
     int64_t segment;     // tokens a segment
+    int64_t uses;
+    const Use* use;      // where the addresses of every call belong, in these structures
+    char* const* address;
     int64_t threads;
-    int64_t* positive;   // set to 1 where a log decay is > 0
+    int* positive;       // set to 1 where a log decay is > 0
 };
 
 // What the gradients are written to: the same structures with data where a gradient is wanted.
@@ -68,6 +77,15 @@ struct Gradient {
     Read* read;          // q: the gradient of q; out: that of what was read (given)
     Tensor first, last;  // first is written, last is given
     int64_t groups;      // heads that some tensor shares are done in turn: H / groups of them
+};
+
+// Puts the addresses where they belong, for one call of many of the same shapes.
+struct Call {
+    int positive = 0;
+    Call(Problem& p, int threads) {
+        for (int64_t i = 0; i < p.uses; i++) *p.use[i].place = p.address[p.use[i].address];
+        p.threads = threads, p.positive = &positive;
+    }
 };
 
 // The micro-steps and reads of a program, as one head sees them.

@@ -294,7 +294,9 @@ struct Step {
 
 }  // namespace fw
 
-extern "C" __attribute__((visibility("default"))) void fastweights_step(fw::Problem* p) {
+extern "C" __attribute__((visibility("default"))) int fastweights_step(fw::Problem* p, int threads) {
+    fw::Call call(*p, threads);
     fw::parallel(
         p->B * p->H, p->threads, [](void* context, int64_t i) { fw::Step(*static_cast<fw::Problem*>(context), i).run(); }, p, true);
+    return call.positive;
 }

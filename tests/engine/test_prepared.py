@@ -1,0 +1,180 @@
+"""A call that has been prepared is the same call: whoever watches, whatever tensors look like, and however many run at once."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import R
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastweights as fw
+from fastweights.engine import prepared
+from fastweights.engine.check import example
+from fastweights.engine.kernels import library
+
+pytestmark = pytest.mark.skipif(library().lib is None, reason=f"no kernels: {library().why}")
+
+
+def signals(T=70, grad=False, **size):
+    made = example(R.gated_delta, 2, T, 4, size.get("K", 20), size.get("V", 24))
+    return {n: x.float().requires_grad_(grad) for n, x in made.items()}
+
+
+def slopes(given, **options):
+    y, W = fw.scan(R.gated_delta, **given, **options)
+    return torch.autograd.grad(y.square().sum() + W.sum(), list(given.values()))
+
+
+def looks(x):
+    return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+
+
+def variants():
+    x = torch.ones(2, 6, 4)
+    return [
+        x,
+        torch.zeros(2, 6, 4),
+        x.double(),
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        x[:1],
+        x[..., 0],
+        x.clone().requires_grad_(),
+        torch.nn.Parameter(x),
+        x.to("meta"),
+        x.to_sparse(),
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(range(10)), min_size=1, max_size=3), st.lists(st.sampled_from(range(10)), min_size=3, max_size=3))
+def test_what_fits_is_of_the_same_looks(known, asked):
+    known = [variants()[i] for i in known if i < 8]
+    asked = [variants()[i] for i in asked][: len(known)]
+    same = all(b.layout == torch.strided and looks(a) == looks(b) for a, b in zip(known, asked, strict=True))
+    assert prepared.fits_in_python(tuple(known))(*asked) == same
+    assert bool(prepared._fits(tuple(known))(*asked)) == same
+
+
+def test_without_a_part_of_torch_that_may_change(monkeypatch):
+    given = signals(31, True)
+    want = slopes(given)
+    monkeypatch.setattr(prepared, "_fits", prepared.fits_in_python)
+    prepared._known.calls.clear()
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(slopes(given), want, strict=True))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_tensors_without_values_are_not_read(grad, before):
+    if before:
+        fw.scan(R.gated_delta, **signals(grad=grad))
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        given = {n: mode.from_tensor(x.detach()).requires_grad_(grad) for n, x in signals().items()}
+        y, W = fw.scan(R.gated_delta, **given)
+        one = fw.step(R.gated_delta, W, **{n: x[:, 0] for n, x in given.items()})
+        if grad:
+            (y.sum() + one.y.sum()).backward()
+            assert given["g"].grad.shape == given["g"].shape
+    assert y.shape == (2, 70, 4, 24)
+    assert one.state.shape == W.shape
+
+
+def test_who_counts_operations_is_heard():
+    """A mode of torch sees the operator."""
+    given = signals(grad=True)
+    fw.scan(R.gated_delta, **given)
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        fw.scan(R.gated_delta, **given).y.sum().backward()
+    assert {"fastweights.scan.default", "fastweights.scan_backward.default"} <= set(seen)
+    with FlopCounterMode(display=False), torch.no_grad():
+        fw.scan(R.gated_delta, **given)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_default_device_is_not_theirs(grad):
+    given = signals(grad=grad)
+    want = fw.scan(R.gated_delta, **given)
+    with torch.device("meta"):
+        found = fw.scan(R.gated_delta, **given)
+        if grad:
+            (found.y.sum() + found.state.sum()).backward()
+    assert torch.equal(found.y, want.y)
+    assert torch.equal(found.state, want.state)
+
+
+def test_saved_tensors_may_return_in_another_layout():
+    given = signals(grad=True)
+    want = slopes(given)
+
+    def unpack(x):
+        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim in (3, 4) else x
+
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            found = slopes(given)
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_two_backward_passes_at_once():
+    given = signals(600, True, K=48, V=48)
+    y, W = fw.scan(R.gated_delta, **given)
+    loss, inputs = y.square().sum() + W.sum(), list(given.values())
+    want, wrong = torch.autograd.grad(loss, inputs, retain_graph=True), []
+
+    def work():
+        for _ in range(5):
+            found = torch.autograd.grad(loss, inputs, retain_graph=True)
+            wrong.extend([] if all(torch.equal(a, b) for a, b in zip(found, want, strict=True)) else [1])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("needed", [("g",), ("k", "beta"), ("state",), ("q", "v", "state")])
+@pytest.mark.parametrize("through", ["y", "state"])
+def test_only_what_is_asked_for(needed, through):
+    """With some of the gradients, through one of the outputs, with resets: the ones of torch."""
+    given = signals(33)
+    state = torch.randn(2, 4, 24, 20, generator=torch.Generator().manual_seed(1))
+    reset = torch.arange(33).expand(2, 33) % 13 == 5
+
+    def of(backend):
+        every = {n: x.clone().requires_grad_(n in needed) for n, x in {**given, "state": state}.items()}
+        out = getattr(fw.scan(R.gated_delta, **every, reset=reset, backend=backend), through)
+        return out, torch.autograd.grad(out.square().sum(), [every[n] for n in needed], allow_unused=True)
+
+    for _ in range(2):
+        (out, found), (right, want) = of("cpu"), of("torch")
+        assert torch.allclose(out, right, atol=1e-5)
+        for a, b in zip(found, want, strict=True):
+            b = torch.zeros_like(a) if b is None else b
+            assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_first_derivatives_where_second_ones_are_kept():
+    given = signals(9, True)
+    y = fw.scan(R.gated_delta, **given).y
+    kept, again = (torch.autograd.grad(y.square().sum(), list(given.values()), create_graph=keep) for keep in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize("form", ["recurrent", "parallel", "chunk", "auto"])
+def test_shapes_alone(form):
+    """Tensors on torch's meta device: nothing is computed, and the shapes are right."""
+    y, W = fw.scan(R.gated_delta, **{n: x.to("meta") for n, x in signals(5).items()}, form=form)
+    assert (y.shape, W.shape, y.device.type) == ((2, 5, 4, 24), (2, 4, 24, 20), "meta")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .kernels import NOTHING, TYPES, CTensor, array, large, library, tensor
+from .kernels import NOTHING, TYPES, CTensor, array, library, tensor
+from .memory import empty
 from .operator import no_second_derivative
 
 WIDTHS = range(2, 9)  # of the compiled kernels
@@ -110,7 +111,7 @@ def _rows(x: Tensor) -> CTensor:
 
 def _convolve(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, parts: list[int]) -> Tensor:
     c, _single = _problem(x, weight, before, bias, parts)
-    y = large(torch.empty(x.shape, dtype=x.dtype))
+    y = empty(x.shape, x.dtype)
     c.y = _rows(y)
     library().lib.fastweights_convolve(ctypes.byref(c))  # type: ignore[union-attr]
     return y
@@ -120,7 +121,7 @@ def _convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, parts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c, _single = _problem(x, weight, before, bias, parts)
-    dx, dbefore = large(torch.empty(x.shape, dtype=x.dtype)), torch.empty(before.shape, dtype=before.dtype)
+    dx, dbefore = empty(x.shape, x.dtype), torch.empty(before.shape, dtype=before.dtype)
     lib = library().lib
     assert lib is not None
     sums = torch.empty(x.shape[0] * -(-x.shape[1] // lib.fastweights_convolution_run()), weight.shape[1] + 1, x.shape[2])

@@ -169,17 +169,6 @@ def opened() -> ctypes.CDLL:
     return lib
 
 
-_LARGE = 1 << 22  # bytes from which memory comes fresh from the system, a page fault at a time
-
-
-def large(fresh: Tensor) -> Tensor:
-    """The same tensor, on large pages if it is long: for memory that a kernel is about to write for the first time."""
-    size = fresh.numel() * fresh.itemsize
-    if size >= _LARGE:
-        opened().fastweights_large_pages(ctypes.c_void_p(fresh.data_ptr()), ctypes.c_int64(size))
-    return fresh
-
-
 def array(kind: type[ctypes.Structure], items: Sequence[ctypes.Structure]) -> ctypes.Array:
     return (kind * max(len(items), 1))(*items)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..language.errors import FormError, SignalError
-from .kernels import NOTHING, CGradient, CMicro, CProblem, CRead, CUse, array, at, large, opened, state, tensor
+from .kernels import NOTHING, CGradient, CMicro, CProblem, CRead, CUse, array, at, opened, state, tensor
+from .memory import another, empty
 
 SLOTS = ("x", "y", "u", "w", "cx", "cu", "g")
 MOST_TOGETHER = 4  # heads that share a tensor and are done in turn in the backward pass
@@ -128,7 +129,7 @@ class Forward(Frame):
         for j in range(self.reads):
             self.c_read[j].out = tensor(torch.empty_like(self.like))
         self.state_like = _like(first.shape)
-        self.saved_likes = [_like(size) for size in self.saved()] if save else []
+        self.saved_sizes = self.saved() if save else ()
         p = self.problem
         p.last = state(torch.empty_like(first))
         outs = [[at(self.c_read[j], "out")] for j in range(self.reads)]
@@ -141,9 +142,9 @@ class Forward(Frame):
         self, tensors: Sequence[Tensor], first: Tensor | None, reset: Tensor | None, outs: Sequence[Tensor] | None = None
     ) -> tuple[Sequence[Tensor], Tensor, list[Tensor]]:
         if outs is None:
-            outs = [_new(self.like) for _ in range(self.reads)]
+            outs = [another(self.like) for _ in range(self.reads)]
         last = torch.empty_like(self.state_like if first is None else first)
-        saved = [_new(like) for like in self.saved_likes]
+        saved = [empty(size) for size in self.saved_sizes]
         self.addresses[:] = [None if x is None else x.data_ptr() for x in (*tensors, *outs, first, reset, last, *saved)]
         if self.run(self.reference, torch.get_num_threads()):
             raise positive_decay(self.where)
@@ -206,8 +207,8 @@ class Backward(Frame):
         for j, grad in enumerate(grad_outs):
             self.given[j].out = tensor(grad)
         self.gradient.last = state(grad_last)
-        found = [[_new(like) for _ in range(uses)] if like is not None else [] for like, uses in self.likes]
-        grad_first = None if self.first_like is None else _new(self.first_like)
+        found = [[another(like) for _ in range(uses)] if like is not None else [] for like, uses in self.likes]
+        grad_first = None if self.first_like is None else another(self.first_like)
         given = (*tensors, first, reset, values, checkpoints, grad_first, *(grad for grads in found for grad in grads))
         self.addresses[:] = [None if x is None else x.data_ptr() for x in given]
         self.run(self.reference, ctypes.byref(self.gradient), torch.get_num_threads())
@@ -215,12 +216,8 @@ class Backward(Frame):
 
 
 def _like(size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """What ``_new`` makes another of; it takes no memory."""
+    """What ``another`` makes another of; it takes no memory."""
     return torch.empty((), dtype=dtype, device="cpu").expand(size)
-
-
-def _new(like: Tensor) -> Tensor:
-    return large(torch.empty_like(like))
 
 
 def _like_gradient(t: Tensor, H: int, block: int) -> Tensor:
@@ -318,7 +315,7 @@ def _scan(
     tensors: list[Tensor], first: Tensor, reset: Tensor | None, spec: list[int], scales: list[float], dtype: torch.dtype, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Forward(tensors, first, reset, spec, scales, dtype, save)
-    out = _new(call.like.expand(call.reads, *call.like.shape))
+    out = another(call.like.expand(call.reads, *call.like.shape))
     _, last, saved = call(tensors, first, reset, out.unbind())
     values, checkpoints = saved or (first.new_empty(size) for size in call.saved(False))
     return out, last, values, checkpoints

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from .kernels import NOTHING, TYPES, CTensor, array, library, tensor
 from .memory import empty
-from .operator import no_second_derivative
+from .operator import no_second_derivative, traced
 
 WIDTHS = range(2, 9)  # of the compiled kernels
 _EPSILON = 1e-6
@@ -70,7 +71,10 @@ def _convolution(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None,
     compiled = x.device.type == "cpu" and x.dtype in TYPES and weight.shape[1] in WIDTHS and library().lib is not None
     transformed = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
     if compiled and not transformed and x.shape[1]:
-        return torch.ops.fastweights.convolve(x, weight, before.to(x.dtype), bias, spec)
+        given = (x, weight, before.to(x.dtype), bias)
+        if traced([t for t in given if t is not None]):
+            return torch.ops.fastweights.convolve(*given, spec)
+        return _Convolution.apply(*given, spec)  # pyright: ignore[reportReturnType]
     parts = tuple(Part(n, bool(silu), group) for n, silu, group in zip(*(spec[i::3] for i in range(3)), strict=True))
     return _in_torch(x, weight, before, parts, bias)
 
@@ -136,10 +140,23 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(x, weight, before, bias)
 
 
-def _backward(ctx: Any, grad: Tensor) -> Any:
+def _backward(ctx: Any, grad: Tensor, run: Callable[..., Any] = torch.ops.fastweights.convolve_backward) -> Any:
     saved = ctx.saved_tensors  # which may be looked at once, under activation checkpointing
-    *grads, dbias = torch.ops.fastweights.convolve_backward(grad, *saved, ctx.parts)
+    *grads, dbias = run(grad, *saved, ctx.parts)
     return *grads, None if saved[3] is None else dbias, None
+
+
+class _Convolution(torch.autograd.Function):
+    """The operator where nobody records what runs: without its way through the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _setup(ctx, inputs, None)
+        return _convolve(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _backward(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad, _convolve_backward)
 
 
 _ops.impl("convolve", _convolve, "CPU")

@@ -90,8 +90,9 @@ def scan(
         options = (form, backend, chunk_size, reset is not None, tuple(signals))
         y, *new = _scan_in_graph(rule.number, options, [*states, *(() if reset is None else (reset,)), *signals.values()])
         return Output(y, tuple(new) if len(new) > 1 else new[0])
-    if form == "auto" and backend in ("auto", "cpu") and chunk_size is None and (state is None or isinstance(state, Tensor)):
-        done = prepared.scan(rule, state, reset, signals)
+    W = state[0] if isinstance(state, tuple) and len(state) == 1 else state
+    if form == "auto" and backend in ("auto", "cpu") and chunk_size is None and (W is None or isinstance(W, Tensor)):
+        done = prepared.scan(rule, W, reset, signals)
         if done is not None:
             return Output(*done)
     given = check(rule, signals, state, reset)

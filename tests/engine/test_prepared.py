@@ -178,3 +178,10 @@ def test_shapes_alone(form):
     """Tensors on torch's meta device: nothing is computed, and the shapes are right."""
     y, W = fw.scan(R.gated_delta, **{n: x.to("meta") for n, x in signals(5).items()}, form=form)
     assert (y.shape, W.shape, y.device.type) == ((2, 5, 4, 24), (2, 4, 24, 20), "meta")
+
+
+def test_a_tuple_of_one_state_is_that_state():
+    given, W = signals(5), torch.randn(2, 4, 24, 20, generator=torch.Generator().manual_seed(0))
+    (y, new), (y1, new1) = fw.scan(R.gated_delta, **given, state=(W,)), fw.scan(R.gated_delta, **given, state=W)
+    assert torch.equal(y, y1)
+    assert torch.equal(new, new1)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .kernels import NOTHING, TYPES, CTensor, array, library, tensor
+from .kernels import NOTHING, TYPES, CTensor, array, library, opened, tensor
 from .memory import empty
-from .operator import no_second_derivative, traced
+from .operator import no_second_derivative, traced, transformed
 
 WIDTHS = range(2, 9)  # of the compiled kernels
 _EPSILON = 1e-6
@@ -69,8 +69,7 @@ def short_convolution(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Pa
 @torch.compiler.allow_in_graph
 def _convolution(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, spec: list[int]) -> Tensor:
     compiled = x.device.type == "cpu" and x.dtype in TYPES and weight.shape[1] in WIDTHS and library().lib is not None
-    transformed = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
-    if compiled and not transformed and x.shape[1]:
+    if compiled and not transformed() and x.shape[1]:
         given = (x, weight, before.to(x.dtype), bias)
         if traced([t for t in given if t is not None]):
             return torch.ops.fastweights.convolve(*given, spec)
@@ -117,7 +116,7 @@ def _convolve(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, pa
     c, _single = _problem(x, weight, before, bias, parts)
     y = empty(x.shape, x.dtype)
     c.y = _rows(y)
-    library().lib.fastweights_convolve(ctypes.byref(c))  # type: ignore[union-attr]
+    opened().fastweights_convolve(ctypes.byref(c))
     return y
 
 
@@ -125,10 +124,10 @@ def _convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, parts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c, _single = _problem(x, weight, before, bias, parts)
-    dx, dbefore = empty(x.shape, x.dtype), torch.empty(before.shape, dtype=before.dtype)
-    lib = library().lib
-    assert lib is not None
-    sums = torch.empty(x.shape[0] * -(-x.shape[1] // lib.fastweights_convolution_run()), weight.shape[1] + 1, x.shape[2])
+    dx, dbefore = empty(x.shape, x.dtype), torch.empty(before.shape, dtype=before.dtype, device="cpu")
+    lib = opened()
+    runs = x.shape[0] * -(-x.shape[1] // lib.fastweights_convolution_run())
+    sums = torch.empty(runs, weight.shape[1] + 1, x.shape[2], dtype=torch.float32, device="cpu")
     c.dy, c.dx, c.dbefore, c.sums = _rows(grad), _rows(dx), _rows(dbefore), sums.data_ptr()
     lib.fastweights_convolve_backward(ctypes.byref(c))
     total = sums.sum(0)
@@ -156,7 +155,8 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _backward(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad, _convolve_backward)
+        watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or traced([grad])
+        return _backward(ctx, grad) if watched else _backward(ctx, grad, _convolve_backward)
 
 
 _ops.impl("convolve", _convolve, "CPU")

@@ -20,7 +20,7 @@ from ..language.expr import Expr
 from ..language.program import MicroStep, Program
 from .inputs import Inputs
 from .kernels import CHUNK, library
-from .operator import Forward, Spec, scanned, traced
+from .operator import Forward, Spec, scanned, traced, transformed
 
 if TYPE_CHECKING:
     from .lowered import Prepared
@@ -88,7 +88,7 @@ def split(e: Expr | None, step: MicroStep, may_decay: bool = True) -> Operand | 
         return None
     scale, numbers, vectors, decayed = 1.0, list[Expr](), list[Expr](), False
     for factor, inverse in _factors(e):
-        if factor.op == "constant" and factor.meta.ndim == 0:
+        if factor.op == "constant" and factor.meta.ndim == 0 and factor.tape.wrote(factor.args[0]):
             value = factor.args[0].item()
             scale = scale / value if inverse else scale * value
         elif may_decay and not decayed and not inverse and factor.op == "exp" and factor.args[0] is step.log_decay:
@@ -124,8 +124,8 @@ def refusal(program: Program, given: Inputs) -> str:
         return f"the signals are on {given.device}"
     if given.dtype != torch.float32:
         return f"the signals are {given.dtype}"
-    if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        return "it runs inside a transform of torch.func"
+    if transformed():
+        return "it runs inside a transform of torch.func, or under forward-mode derivatives"
     found = operands(program)
     return found if isinstance(found, str) else library().why
 
@@ -144,7 +144,7 @@ def blocks(prepared: Prepared, weights: Tensor) -> tuple[list[Tensor], Tensor]:
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, first))
     if traced((first, *tensors)):
         out, last, *_ = torch.ops.fastweights.scan(tensors, first, given.reset, found.spec, found.scales, given.out, save)
-        outs = out.unbind()
+        outs = [out[i] for i in range(out.shape[0])]
     else:
         call = Forward(tensors, first, given.reset, found.spec, found.scales, given.out, save, given.rule.name)
         *outs, last = scanned(call, tensors, first, given.reset)
@@ -160,7 +160,7 @@ def mixed_decays(program: Program) -> list[Expr]:
 def flat(x: Tensor, e: Expr, given: Inputs, heads: tuple[int, ...]) -> Tensor:
     """An evaluated expression (B, T, *heads, ...), with axes of one where it is constant, as (B, T, H, ...)."""
     lead = 2 + len(heads)
-    x = x.reshape((1,) * (lead + e.meta.ndim - x.ndim) + x.shape)
+    x = x.to(given.dtype).reshape((1,) * (lead + e.meta.ndim - x.ndim) + x.shape)
     return x.expand(given.B, given.T, *heads, *x.shape[lead:]).flatten(2, lead - 1)
 
 

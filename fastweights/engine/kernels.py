@@ -37,7 +37,7 @@ class CRead(ctypes.Structure):
 
 
 class CUse(ctypes.Structure):
-    _fields_ = [("place", ctypes.c_void_p), ("address", ctypes.c_int64)]
+    _fields_ = [("place", ctypes.c_void_p), ("index", ctypes.c_int64)]
 
 
 class CProblem(ctypes.Structure):
@@ -53,7 +53,6 @@ class CProblem(ctypes.Structure):
         ("checkpoints", ctypes.c_void_p),
         *((n, ctypes.c_int64) for n in ("segment", "uses")),
         ("use", ctypes.POINTER(CUse)),
-        ("address", ctypes.POINTER(ctypes.c_void_p)),
         ("threads", ctypes.c_int64),
         ("positive", ctypes.c_void_p),
     ]
@@ -130,12 +129,14 @@ def library() -> Library:
     candidates = [wanted] if wanted else isas()
     if not candidates:
         return Library(None, "", f"there are no kernels for this processor ({platform.machine()}, which needs AVX2 or NEON)")
-    for isa in candidates:
-        for folder in _folders():
-            path = folder / f"_kernels_{isa}.so"
-            if path.exists():
-                return _open(path, isa)
-    return Library(None, "", f"no compiled kernels for {' or '.join(candidates)} were found; {_BUILD_HINT}")
+    refused = None
+    for path in (folder / f"_kernels_{isa}.so" for isa in candidates for folder in _folders()):
+        if path.exists():
+            found = _open(path, path.stem.removeprefix("_kernels_"))
+            if found.lib is not None:
+                return found
+            refused = refused or found
+    return refused or Library(None, "", f"no compiled kernels for {' or '.join(candidates)} were found; {_BUILD_HINT}")
 
 
 def _open(path: Path, isa: str) -> Library:

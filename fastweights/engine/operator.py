@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..language.errors import FormError, SignalError
 from .kernels import NOTHING, CGradient, CMicro, CProblem, CRead, CUse, array, at, opened, state, tensor
-from .memory import another, empty
+from .memory import empty, empty_as
 
 SLOTS = ("x", "y", "u", "w", "cx", "cu", "g")
 MOST_TOGETHER = 4  # heads that share a tensor and are done in turn in the backward pass
 SEGMENT = 64  # tokens between checkpoints of the state
 _modes, _level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level  # pyright: ignore[reportAttributeAccessIssue]
+_tracing = torch._C._get_tracing_state  # of torch.jit
 
 
 def positive_decay(where: str) -> SignalError:
@@ -26,14 +28,19 @@ def positive_decay(where: str) -> SignalError:
     return SignalError(f"{where}: a log decay is positive, expected <= 0; a decay a in (0, 1] is given as g = a.log()")
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func sees every operator, or derivatives are taken forward."""
+    return _level() is not None or forward_ad._current_level >= 0
+
+
 def recorded() -> bool:
-    """Whether a mode of torch watches every operator, or a transform of torch.func."""
-    return _modes() > 0 or _level() is not None
+    """Whether someone sees every operator: a mode of torch, a transform, a tracer."""
+    return _modes() > 0 or transformed() or _tracing() is not None
 
 
 def traced(tensors: Iterable[Tensor]) -> bool:
-    """Whether someone records what runs, who must see one operator."""
-    return recorded() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    """Whether someone records what runs, who must see one operator; or a tensor is not what lies at its address."""
+    return recorded() or any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() or t._is_zerotensor() for t in tensors)
 
 
 class Spec:
@@ -105,8 +112,8 @@ class Frame(Sizes):
     def bind(self, *places: list[int]) -> None:
         """The addresses of a call, in order, each with the places where it belongs."""
         uses = [CUse(place, i) for i, several in enumerate(places) for place in several]
-        self.uses, self.addresses = array(CUse, uses), (ctypes.c_void_p * len(places))()
-        self.problem.uses, self.problem.use, self.problem.address = len(uses), self.uses, self.addresses
+        self.uses, self.addresses = array(CUse, uses), ctypes.c_void_p * len(places)
+        self.problem.uses, self.problem.use = len(uses), self.uses
 
 
 class Forward(Frame):
@@ -124,7 +131,7 @@ class Forward(Frame):
         where: str = "scan",
     ) -> None:
         super().__init__(tensors, first, reset, spec, scales)
-        self.numbers, self.scales, self.save, self.where = spec, scales, save, where
+        self.spec, self.scales, self.save, self.where = spec, scales, save, where
         self.like = _like((self.B, self.T, self.H, self.width), dtype)  # what is read
         for j in range(self.reads):
             self.c_read[j].out = tensor(torch.empty_like(self.like))
@@ -142,33 +149,30 @@ class Forward(Frame):
         self, tensors: Sequence[Tensor], first: Tensor | None, reset: Tensor | None, outs: Sequence[Tensor] | None = None
     ) -> tuple[Sequence[Tensor], Tensor, list[Tensor]]:
         if outs is None:
-            outs = [another(self.like) for _ in range(self.reads)]
+            outs = [empty_as(self.like) for _ in range(self.reads)]
         last = torch.empty_like(self.state_like if first is None else first)
         saved = [empty(size) for size in self.saved_sizes]
-        self.addresses[:] = [None if x is None else x.data_ptr() for x in (*tensors, *outs, first, reset, last, *saved)]
-        if self.run(self.reference, torch.get_num_threads()):
+        every = (*tensors, *outs, first, reset, last, *saved)
+        if self.run(self.reference, self.addresses(*[None if x is None else x.data_ptr() for x in every]), torch.get_num_threads()):
             raise positive_decay(self.where)
         return outs, last, saved
 
-    def gradients(
-        self, needed: tuple[bool, ...], tensors: Sequence[Tensor], first: Tensor | None, reset: Tensor | None, *rest: Any
-    ) -> list[Tensor | None]:
+    def gradients(self, needed: tuple[bool, ...], tensors: Sequence[Tensor], reset: Tensor | None, *rest: Any) -> list[Tensor | None]:
         """The gradients; two backward passes at once have structures of their own."""
         # what hooks on saved tensors gave back may lie in memory in another way
-        key = (needed, *[(t.stride(), t.dtype) for t in tensors], *[None if x is None else x.stride() for x in (first, reset)])
+        key = (needed, *[(t.stride(), t.dtype) for t in tensors], None if reset is None else reset.stride())
         spare = self.spare.setdefault(key, [])
         try:
             frame = spare.pop()
         except IndexError:
-            W = torch.empty_like(self.state_like) if first is None else first
-            frame = Backward(tensors, W, reset, self.numbers, self.scales, needed)
-        grads = frame(tensors, first, reset, *rest)
+            frame = Backward(tensors, self.state_like, reset, self.spec, self.scales, needed)
+        grads = frame(tensors, reset, *rest)
         spare.append(frame)
         return grads
 
 
 class Backward(Frame):
-    """The backward pass: the gradients of the tensors and of the first state, for those that are ``needed``."""
+    """The backward pass: those gradients of the tensors and of the first state that are ``needed``. Of the state only the size is asked."""
 
     def __init__(
         self,
@@ -180,24 +184,24 @@ class Backward(Frame):
         needed: Sequence[bool],
     ) -> None:
         super().__init__(tensors, first, reset, spec, scales)
+        self.problem.first = NOTHING
         block = _block(self.H, [t.shape[2] for t in tensors])
         likes = [_like_gradient(t, self.H, block) if wanted else None for t, wanted in zip(tensors, needed, strict=False)]
         to = [NOTHING if like is None else tensor(torch.empty_like(like)) for like in likes]
         micro = array(CMicro, [CMicro(*(NOTHING if i < 0 else to[i] for i in m[:7])) for m in self.micro])
-        self.given = array(CRead, [CRead(to[i], NOTHING, 0) for i, _ in self.queries])
-        self.gradient = g = CGradient(micro, self.given, state(torch.empty(first.shape)), NOTHING, self.H // block)
-        into = [places if wanted else [] for places, wanted in zip(self.places(micro, self.given, len(tensors)), needed, strict=False)]
-        fields = [at(self.problem, field) for field in ("first", "reset", "values", "checkpoints")]
+        self.read = array(CRead, [CRead(to[i], NOTHING, 0) for i, _ in self.queries])
+        self.gradient = g = CGradient(micro, self.read, state(torch.empty(first.shape, device="cpu")), NOTHING, self.H // block)
+        into = [places if wanted else [] for places, wanted in zip(self.places(micro, self.read, len(tensors)), needed, strict=False)]
+        fields = [at(self.problem, field) for field in ("reset", "values", "checkpoints")]
         self.bind(*self.tensor_places, *([f] for f in fields), [at(g, "first")], *([place] for places in into for place in places))
-        self.likes = [(like, len(places)) for like, places in zip(likes, into, strict=True)]
-        self.wanted = [(t.shape[2], t.dtype) for t in tensors]
+        self.grads = [(like, len(places)) for like, places in zip(likes, into, strict=True)]  # a tensor that is used twice gets two
+        self.heads_and_types = [(t.shape[2], t.dtype) for t in tensors]
         self.first_like = _like(first.shape) if needed[-1] else None
         self.run = opened().fastweights_backward
 
     def __call__(
         self,
         tensors: Sequence[Tensor],
-        first: Tensor | None,
         reset: Tensor | None,
         values: Tensor,
         checkpoints: Tensor,
@@ -205,18 +209,20 @@ class Backward(Frame):
         grad_last: Tensor | None,
     ) -> list[Tensor | None]:
         for j, grad in enumerate(grad_outs):
-            self.given[j].out = tensor(grad)
+            self.read[j].out = tensor(grad)
         self.gradient.last = state(grad_last)
-        found = [[another(like) for _ in range(uses)] if like is not None else [] for like, uses in self.likes]
-        grad_first = None if self.first_like is None else another(self.first_like)
-        given = (*tensors, first, reset, values, checkpoints, grad_first, *(grad for grads in found for grad in grads))
-        self.addresses[:] = [None if x is None else x.data_ptr() for x in given]
-        self.run(self.reference, ctypes.byref(self.gradient), torch.get_num_threads())
-        return [*[_whole(grads, *wanted) for grads, wanted in zip(found, self.wanted, strict=True)], grad_first]
+        # hooks on saved tensors may have given back others than what was saved
+        saved = [x.to(torch.float32).contiguous() for x in (values, checkpoints)]
+        found = [[empty_as(like) for _ in range(uses)] if like is not None else [] for like, uses in self.grads]
+        grad_first = None if self.first_like is None else empty_as(self.first_like)
+        every = (*tensors, reset, *saved, grad_first, *(grad for grads in found for grad in grads))
+        addresses = self.addresses(*[None if x is None else x.data_ptr() for x in every])
+        self.run(self.reference, ctypes.byref(self.gradient), addresses, torch.get_num_threads())
+        return [*[_whole(grads, *wanted) for grads, wanted in zip(found, self.heads_and_types, strict=True)], grad_first]
 
 
 def _like(size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """What ``another`` makes another of; it takes no memory."""
+    """What ``empty_as`` makes another of; it takes no memory."""
     return torch.empty((), dtype=dtype, device="cpu").expand(size)
 
 
@@ -271,22 +277,23 @@ class KernelScan(torch.autograd.Function):
         outs, last, saved = call(tensors, first, reset)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        ctx.save_for_backward(*tensors, first, reset, *saved)
+        ctx.save_for_backward(*tensors, reset, *saved)
         return *outs, last
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        call, (*tensors, first, reset, values, checkpoints) = ctx.call, ctx.saved_tensors
+        call, (*tensors, reset, values, checkpoints) = ctx.call, ctx.saved_tensors
         *grad_outs, grad_last = grads
         needed = (*ctx.needs_input_grad[3:], ctx.needs_input_grad[1])
-        if torch.is_grad_enabled():  # the operator says that there is no second derivative, to whoever takes one
-            shape = torch.empty_like(call.state_like) if first is None else first
+        # the operator says that there is no second derivative, to whoever takes one
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or traced([g for g in grads if g is not None]):
             some = next((g for g in grad_outs if g is not None), None)
-            whole = None if some is None else torch.stack([some.new_zeros(()).expand_as(some) if g is None else g for g in grad_outs])
-            given = (tensors, shape, reset, values, checkpoints, whole, grad_last, call.numbers, call.scales, needed)
-            *found, grad_first = _given_back(torch.ops.fastweights.scan_backward(*given), needed)
+            whole = None if some is None else torch.stack([torch.zeros_like(some) if g is None else g for g in grad_outs])
+            like = tensors[0].new_empty(call.state_like.shape, dtype=torch.float32)
+            arguments = (tensors, like, reset, values, checkpoints, whole, grad_last, call.spec, call.scales, needed)
+            *found, grad_first = _given_back(torch.ops.fastweights.scan_backward(*arguments), needed)
         else:
-            *found, grad_first = call.gradients(needed, tensors, first, reset, values, checkpoints, grad_outs, grad_last)
+            *found, grad_first = call.gradients(needed, tensors, reset, values, checkpoints, grad_outs, grad_last)
         return None, grad_first, None, *found
 
 
@@ -315,7 +322,7 @@ def _scan(
     tensors: list[Tensor], first: Tensor, reset: Tensor | None, spec: list[int], scales: list[float], dtype: torch.dtype, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Forward(tensors, first, reset, spec, scales, dtype, save)
-    out = another(call.like.expand(call.reads, *call.like.shape))
+    out = empty_as(call.like.expand(call.reads, *call.like.shape))
     _, last, saved = call(tensors, first, reset, out.unbind())
     values, checkpoints = saved or (first.new_empty(size) for size in call.saved(False))
     return out, last, values, checkpoints
@@ -333,7 +340,7 @@ def _scan_backward(
 ) -> list[Tensor]:  # fmt: skip
     call = Backward(tensors, first, reset, spec, scales, needed)
     grad_outs = [None] * call.reads if grad_out is None else list(grad_out.unbind())
-    found = call(tensors, first, reset, values, checkpoints, grad_outs, grad_last)
+    found = call(tensors, reset, values, checkpoints, grad_outs, grad_last)
     return [t.new_empty(0) if g is None else g for g, t in zip(found, [*tensors, first], strict=True)]
 
 

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..language.program import Program
+from ..language.rule import Rule
 from . import cpu
 from .inputs import Inputs, check
 from .kernels import at, opened, state, tensor
 from .operator import Forward, Frame, positive_decay, recorded, scanned, traced
 
-_MOST = 16  # signatures of a rule that are kept
+_MOST = 256  # signatures that a thread keeps
 _known = threading.local()  # the structures of a call are not for two threads at once
 _UNKNOWN = object()
 _address = Tensor.data_ptr
@@ -26,13 +28,14 @@ _address = Tensor.data_ptr
 
 def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     """What is read, and the last state; None where the call must be looked at anew every time, or the kernels do not serve it."""
-    if recorded():
+    if recorded() or not isinstance(rule, Rule):
         return None
-    key = (id(rule), torch.is_grad_enabled(), *signals, W is None, reset is None)
     given = (*signals.values(), *(() if W is None else (W,)), *(() if reset is None else (reset,)))
+    key = (rule.number, torch.is_grad_enabled(), *signals, W is None, reset is None, getattr(given[0], "shape", None) if given else None)
     call = _find(key, given)
     if call is _UNKNOWN:
-        call = _keep(key, given, rule, _scan(check(rule, signals, W, reset), given))
+        checked = check(rule, signals, W, reset)
+        call = None if traced(given) else _keep(key, given, _prepare_scan(checked, given))
     if call is None:
         return None
     forward, names = call
@@ -42,19 +45,20 @@ def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, A
 
 def step(rule: Any, W: Tensor, out: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     """The same for one token, where no gradient is asked for; the new state is written to ``out`` if given."""
-    if recorded():
+    if recorded() or not isinstance(rule, Rule):
         return None
-    key, given = (id(rule), torch.is_grad_enabled(), *signals), (*signals.values(), W)
+    key, given = (rule.number, torch.is_grad_enabled(), *signals, W.shape), (*signals.values(), W)
     call = _find(key, given)
     if call is _UNKNOWN:
-        call = _keep(key, given, rule, _step(check(rule, signals, W, time=False), given))
+        checked = check(rule, signals, W, time=False)
+        call = None if traced(given) else _keep(key, given, _prepare_step(checked, given))
     return None if call is None or (out is not None and not call.takes(out, W)) else call(given, out)
 
 
 def _find(key: tuple[Any, ...], given: tuple[Tensor, ...]) -> Any:
     """The call for tensors like these."""
     try:
-        for fits, call, _ in _known.calls[key]:
+        for fits, call in _known.calls[key]:
             if fits(*given):
                 return call
     except (AttributeError, KeyError):
@@ -62,13 +66,14 @@ def _find(key: tuple[Any, ...], given: tuple[Tensor, ...]) -> Any:
     return _UNKNOWN
 
 
-def _keep(key: tuple[Any, ...], given: tuple[Tensor, ...], rule: Any, call: Any) -> Any:
-    if traced(given):
-        return None
+def _keep(key: tuple[Any, ...], given: tuple[Tensor, ...], call: Any) -> Any:
     if not hasattr(_known, "calls"):
         _known.calls = {}
-    # the rule is kept, so that its id stays its own
-    _known.calls[key] = [(_fits(given), call, rule), *_known.calls.get(key, ())][:_MOST]
+    calls = _known.calls
+    calls[key] = [(_fits(given), call), *calls.pop(key, ())]
+    while len(calls) > 1 and sum(map(len, calls.values())) > _MOST:
+        del calls[next(iter(calls))]
+    del calls[key][_MOST:]
     return call
 
 
@@ -78,9 +83,13 @@ def _fits(given: tuple[Tensor, ...]) -> Callable[..., bool]:
     strides: list[Any] = [[*x.stride()] for x in given]
     try:
         from torch._C._dynamo.guards import TensorGuards  # as torch.compile does: one call instead of five a tensor
-
+    except ImportError:  # it is no public part of torch
+        return fits_in_python(given)
+    if len({*map(id, given)}) < len(given):  # which those do not take
+        return fits_in_python(given)
+    try:
         return TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    except (ImportError, TypeError):  # it is no public part of torch
+    except TypeError:
         return fits_in_python(given)
 
 
@@ -88,45 +97,44 @@ def fits_in_python(given: tuple[Tensor, ...]) -> Callable[..., bool]:
     """The same without a part of torch that may change."""
 
     def of(x: Any) -> tuple[Any, ...] | None:
-        dense = isinstance(x, Tensor) and x.layout == torch.strided
-        return (type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if dense else None
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            return None
+        return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg() or x._is_zerotensor()
 
     known = [of(x) for x in given]
     return lambda *tensors: [of(x) for x in tensors] == known
 
 
-def _operands(given: Inputs) -> tuple[cpu.Operands, list[str]] | None:
-    """What the kernels are handed, and which signals that is; None if some of it is computed first, or they do not serve the call."""
-    program = given.rule.trace_for(given.token_shapes()).program
+def _handed_over(given: Inputs) -> tuple[Program, cpu.Operands, list[str]] | None:
+    """A program, what the kernels are handed, and which signals that is; None if some of it is computed first, or they do not serve it."""
+    known = given.rule.trace_for(given.token_shapes())
+    program = known.program
     if program is None or program.carries or program.transposed or len(given.states) > 1 or not given.T or cpu.refusal(program, given):
         return None
     found, names = cpu.operands(program), {leaf: name for name, leaf in program.leaves.items()}
     if isinstance(found, str) or len(program.reads) != 1 or program.output is not program.read_leaves[0] or program.reads[0].backward:
         return None
-    return (found, [names[e] for e in found.tensors]) if all(e in names for e in found.tensors) else None
+    fit = known.lasting and all(e in names for e in found.tensors)
+    return (program, found, [names[e] for e in found.tensors]) if fit else None
 
 
-def _scan(given: Inputs, tensors: tuple[Tensor, ...]) -> tuple[Forward, list[str]] | None:
-    operands = _operands(given)
-    if operands is None:
+def _prepare_scan(given: Inputs, tensors: tuple[Tensor, ...]) -> tuple[Forward, list[str]] | None:
+    parts, save = _handed_over(given), torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if parts is None or (save and (given.slow or cpu.mixed_decays(parts[0]))):
         return None
-    found, names = operands
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    program = given.rule.trace_for(given.token_shapes()).program
-    if save and (given.slow or program is None or cpu.mixed_decays(program)):
-        return None
+    _, found, names = parts
     handed = [given.signals[n] for n in names]
     return Forward(handed, given.states[0], given.reset, found.spec, found.scales, given.out, save, given.rule.name), names
 
 
-def _step(given: Inputs, tensors: tuple[Tensor, ...]) -> Step | None:
-    operands, W = _operands(given), given.states[0]
-    if operands is None or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+def _prepare_step(given: Inputs, tensors: tuple[Tensor, ...]) -> Step | None:
+    parts, W = _handed_over(given), given.states[0]
+    if parts is None or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return None
-    program = given.rule.trace_for(given.token_shapes()).program
-    if program is None or any(step.lag for step in program.steps) or 1 not in W.stride()[-2:]:  # csrc/step.cpp
+    program, found, names = parts
+    if any(step.lag for step in program.steps) or 1 not in W.stride()[-2:]:  # csrc/step.cpp
         return None
-    return Step(given, *operands)
+    return Step(given, found, names)
 
 
 class Step:
@@ -146,7 +154,11 @@ class Step:
     def takes(self, out: Any, W: Tensor) -> bool:
         """Whether the new state may be written to ``out`` while W is read: it is W, or no part of it."""
         like = self.W_like
-        if not isinstance(out, Tensor) or (out.shape, out.stride(), out.dtype) != (like.shape, like.stride(), like.dtype) or not out.is_cpu:
+        if out is W:
+            return W.stride() == like.stride() and not (torch.is_grad_enabled() and W.requires_grad)
+        if not isinstance(out, Tensor) or (out.shape, out.stride(), out.dtype) != (like.shape, like.stride(), like.dtype) or traced((out,)):
+            return False
+        if not out.is_cpu or (torch.is_grad_enabled() and out.requires_grad):
             return False
         a, b = out.data_ptr(), W.data_ptr()
         return a == b or a >= b + _span(W) or b >= a + _span(out)
@@ -154,9 +166,10 @@ class Step:
     def __call__(self, given: tuple[Tensor, ...], out: Tensor | None) -> tuple[Tensor, Tensor]:
         y = torch.empty_like(self.y_like)
         new = torch.empty_like(self.W_like) if out is None else out
-        self.addresses[:] = [*map(_address, given), new.data_ptr(), y.data_ptr()]
-        if self.run(self.reference, torch.get_num_threads()):
+        if self.run(self.reference, self.addresses(*map(_address, given), new.data_ptr(), y.data_ptr()), torch.get_num_threads()):
             raise positive_decay(self.where)
+        if out is not None and not out.is_inference():
+            torch.autograd.graph.increment_version(out)
         return y, new
 
 

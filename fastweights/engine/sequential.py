@@ -113,7 +113,7 @@ def sequential(known: Trace, given: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]
 
 def _plain(x: Tensor, dtype: torch.dtype, lead: int) -> Tensor:
     """In the machine's dtype, what belongs to one token and head side by side."""
-    x = x.to(dtype)
+    x = x.to(dtype).resolve_neg()
     inner = x.shape[lead:].numel()
     if x.numel() and inner > 1 and x.flatten(lead).stride()[-1] != 1:
         x = x.contiguous()

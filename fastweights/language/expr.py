@@ -88,6 +88,10 @@ class Tape:
             value = self._numbers.setdefault(float(value), torch.tensor(float(value), dtype=torch.float64))
         return self._node("constant", None, (value,), {}, _to_meta(value))
 
+    def wrote(self, value: Tensor) -> bool:
+        """Whether a constant is a number that stands in the body, and no tensor of its surroundings, which may change."""
+        return any(value is number for number in self._numbers.values())
+
     def record(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """The value of ``fn`` on symbols: a node, a tuple of nodes, or a plain value such as a shape."""
         name = getattr(fn, "__name__", str(fn))

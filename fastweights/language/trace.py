@@ -42,10 +42,10 @@ class Trace:
 
     @property
     def lasting(self) -> bool:
-        """Whether the trace holds no tensors but numbers: a tensor of the surroundings may change, or belong to a graph."""
+        """Whether the trace holds no tensors but numbers of the body: one of the surroundings may change, or belong to a graph."""
         tape = next(iter(self.leaves.values())).tape
         held = (t for node in tape.nodes for t in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(t, Tensor))
-        return all(t.ndim == 0 and t.dtype == torch.float64 and not t.requires_grad for t in held)
+        return all(tape.wrote(t) for t in held)
 
 
 def trace(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Trace:

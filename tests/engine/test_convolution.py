@@ -25,3 +25,16 @@ def test_short_convolution(B, T, C, width):
 def test_what_comes_out_has_the_type_of_what_went_in(T, width):
     y = short_convolution(torch.zeros(1, T, 3, dtype=torch.bfloat16), torch.ones(3, width), torch.zeros(1, width - 1, 3))
     assert y.dtype == torch.bfloat16
+
+
+def test_default_types_and_devices_are_not_its_own():
+    x, weight, before = torch.randn(2, 9, 6, requires_grad=True), torch.randn(6, 3, requires_grad=True), torch.zeros(2, 2, 6)
+    want = torch.autograd.grad(short_convolution(x, weight, before).sum(), (x, weight))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = torch.autograd.grad(short_convolution(x, weight, before).sum(), (x, weight))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        again = torch.autograd.grad(short_convolution(x, weight, before).sum(), (x, weight))
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(want, found, again, strict=True))

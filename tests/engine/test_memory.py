@@ -54,6 +54,26 @@ def test_no_more_waits_than_is_meant_to(monkeypatch):
         assert waits() <= 5 * memory.LONG
 
 
+def test_lengths_that_never_return_do_not_pile_up():
+    for n in range(20):
+        x = memory.empty((memory.LONG // 4 * (n + 1) * 3,))
+        size = x.nbytes
+        del x
+        assert waits() <= 2 * size
+
+
+def test_what_was_used_long_ago_goes_first(monkeypatch):
+    monkeypatch.setattr(memory, "KEPT", 20 * memory.LONG)
+    often, once = memory.empty((memory.LONG,)), memory.empty((memory.LONG // 4 * 11,))
+    del often, once
+    often = memory.empty((memory.LONG,))
+    del often
+    other = memory.empty((memory.LONG // 4 * 3,)), memory.empty((memory.LONG // 4 * 3,))
+    del other
+    assert 4 * memory.LONG in memory.waiting
+    assert waits() <= 20 * memory.LONG
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.booleans()), max_size=30))
 def test_nothing_is_lent_twice(steps):

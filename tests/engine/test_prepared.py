@@ -1,6 +1,8 @@
 """A call that has been prepared is the same call: whoever watches, whatever tensors look like, and however many run at once."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -118,7 +120,7 @@ def test_saved_tensors_may_return_in_another_layout():
     want = slopes(given)
 
     def unpack(x):
-        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim in (3, 4) else x
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
 
     for _ in range(2):
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
@@ -185,3 +187,155 @@ def test_a_tuple_of_one_state_is_that_state():
     (y, new), (y1, new1) = fw.scan(R.gated_delta, **given, state=(W,)), fw.scan(R.gated_delta, **given, state=W)
     assert torch.equal(y, y1)
     assert torch.equal(new, new1)
+
+
+@pytest.mark.parametrize("T", [9, 3000])
+def test_gradients_that_are_negated_later(T):
+    """Complex conjugates give gradients whose memory holds their negatives."""
+    given, c = signals(T, True), torch.randn(2, T, 4, 24, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+
+    def of(backend):
+        y = fw.scan(R.gated_delta, **given, backend=backend).y
+        seen = []
+        y.register_hook(lambda g: seen.append(g.is_neg()))
+        return torch.autograd.grad((torch.complex(torch.ones_like(y), y).conj() * c).sum().real, list(given.values())), seen
+
+    (found, negated), (want, _) = of("auto"), of("torch")
+    assert negated == [True]
+    assert all((a - b).norm() < 1e-4 * b.norm() for a, b in zip(found, want, strict=True))
+    values = {n: x.detach() for n, x in given.items()}
+    minus = {**values, "v": torch.complex(values["v"], -values["v"]).conj().imag}
+    assert minus["v"].is_neg()
+    assert torch.equal(fw.scan(R.gated_delta, **minus).y, fw.scan(R.gated_delta, **values).y)
+
+
+@pytest.mark.parametrize("rule", [R.gated_delta, R.hebb])
+@pytest.mark.parametrize("T", [9, 3000])
+@pytest.mark.parametrize("grad", [False, True])
+def test_results_may_be_changed_in_place(rule, T, grad):
+    given = {n: x for n, x in signals(T, grad).items() if n in ("q", *rule.signals)}
+    y, W = fw.scan(rule, **given)
+    factor = torch.full((), 2.0, requires_grad=True)
+    y.mul_(factor)
+    W.add_(factor)
+    (y.sum() + W.sum()).backward()
+    assert factor.grad.isfinite()
+
+
+def test_a_call_within_a_call(monkeypatch):
+    """What a signal handler or a finaliser may do, just before the kernels run."""
+    given, other = signals(40), {n: x.flip(1) for n, x in signals(40).items()}
+    want, inside = fw.scan(R.gated_delta, **given), []
+    one = {n: x[:, 0] for n, x in given.items()}
+    stepped = fw.step(R.gated_delta, want.state, **one)
+    threads = torch.get_num_threads
+
+    def interrupted():
+        monkeypatch.setattr(torch, "get_num_threads", threads)
+        inside.append(fw.scan(R.gated_delta, **other))
+        fw.step(R.gated_delta, want.state, **{n: x[:, 0] for n, x in other.items()})
+        return threads()
+
+    monkeypatch.setattr(torch, "get_num_threads", interrupted)
+    found = fw.scan(R.gated_delta, **given)
+    monkeypatch.setattr(torch, "get_num_threads", interrupted)
+    again = fw.step(R.gated_delta, want.state, **one)
+    assert len(inside) == 2
+    assert torch.equal(found.y, want.y)
+    assert torch.equal(found.state, want.state)
+    assert torch.equal(again.y, stepped.y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("learned", [False, True])
+def test_numbers_around_a_rule_may_change(dtype, learned):
+    rate = torch.tensor(0.5, dtype=dtype, requires_grad=learned)
+
+    @fw.rule
+    def scaled(W, k: fw.Key, v: fw.Value):
+        return W + rate * fw.outer(v, k)
+
+    given = {n: signals(9)[n] for n in "qkv"}
+    for _ in range(2):
+        found, want = fw.scan(scaled, **given), fw.scan(scaled, **given, form="recurrent")
+        assert torch.allclose(found.y, want.y, atol=1e-5)
+        assert found.y.requires_grad == learned
+        one, first = {n: x[:, 0] for n, x in given.items()}, {n: x[:, :1] for n, x in given.items()}
+        assert torch.allclose(fw.step(scaled, torch.zeros_like(want.state), **one).state, fw.scan(scaled, **first, form="recurrent").state)
+        with torch.no_grad():
+            rate.fill_(2)
+
+
+def test_a_step_into_its_own_state():
+    given = {n: x[:, 0] for n, x in signals(1).items()}
+    W = torch.randn(2, 4, 24, 20, generator=torch.Generator().manual_seed(0))
+    p = torch.ones_like(W, requires_grad=True)
+    fw.step(R.gated_delta, W, out=W, **given)
+    loss = (W * p).sum()
+    fw.step(R.gated_delta, W, out=W, **given)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    before = W.clone()
+    for _ in range(2):
+        with pytest.raises(fw.SignalError, match="log decay is positive"):
+            fw.step(R.gated_delta, W, out=W, **{**given, "g": -given["g"] + 0.1})
+        assert torch.equal(W, before)
+    one = torch.zeros(1, 1, 24, 20).expand(2, 4, 24, 20)
+    with pytest.raises(RuntimeError, match="more than one element"):
+        fw.step(R.gated_delta, one, out=one, **given)
+    with torch.inference_mode():
+        own = torch.zeros(2, 4, 24, 20)
+        fw.step(R.gated_delta, own, out=own, **given)
+    with pytest.raises(fw.SignalError, match="out cannot hold"):
+        fw.step(R.gated_delta, p, out=p, **given)
+
+
+def test_derivatives_forward_are_those_of_torch():
+    given = signals(9)
+    fw.scan(R.gated_delta, **given)
+    with torch.autograd.forward_ad.dual_level():
+        dual = {**given, "v": torch.autograd.forward_ad.make_dual(given["v"], torch.ones_like(given["v"]))}
+        y = fw.scan(R.gated_delta, **dual).y
+        _, tangent = torch.autograd.forward_ad.unpack_dual(y)
+    assert torch.allclose(tangent, fw.scan(R.gated_delta, **{**given, "v": torch.ones_like(given["v"])}).y, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tracer_sees_the_operator(grad):
+    given = signals(9, grad)
+
+    def run(q, k, v, beta, g):
+        return fw.scan(R.gated_delta, q=q, k=k, v=v, beta=beta, g=g).y
+
+    run(**given)
+    traced = torch.jit.trace(run, tuple(given.values()), check_trace=False)
+    other = {n: x.flip(1) for n, x in given.items()}
+    assert torch.allclose(traced(*other.values()), run(**other), atol=1e-6)
+
+
+def test_one_tensor_as_two_signals_is_known_again():
+    given = signals(9)
+    given["q"] = given["k"]
+    prepared._known.calls.clear()
+    for _ in range(3):
+        fw.scan(R.gated_delta, **given)
+    assert sum(map(len, prepared._known.calls.values())) == 1
+
+
+def test_no_more_is_kept_than_is_meant_to_and_no_rule(monkeypatch):
+    monkeypatch.setattr(prepared, "_MOST", 5)
+    rules = []
+    for T in range(1, 12):
+
+        @fw.rule
+        def mine(W, k: fw.Key, v: fw.Value):
+            return W + fw.outer(v, k)
+
+        rules.append(weakref.ref(mine))
+        for again in (T, T + 20):
+            fw.scan(mine, **{n: signals(again)[n] for n in "qkv"})
+        assert sum(map(len, prepared._known.calls.values())) <= 5
+    del mine
+    gc.collect()
+    assert not [r for r in rules if r() is not None]

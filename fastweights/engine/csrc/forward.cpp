@@ -165,8 +165,8 @@ static void forward_of(Problem& p) {
 }  // namespace fw
 
 // Whether a log decay was > 0.
-extern "C" __attribute__((visibility("default"))) int fastweights_forward(fw::Problem* p, int threads) {
-    fw::Call call(*p, threads);
+extern "C" __attribute__((visibility("default"))) int fastweights_forward(fw::Problem* p, char* const* address, int threads) {
+    fw::Call call(*p, address, threads);
     fw::dispatch(*p, [&](auto decay, auto erase) { fw::forward_of<decay.value, erase.value>(*p); });
     return call.positive;
 }

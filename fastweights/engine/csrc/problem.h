@@ -45,10 +45,10 @@ struct Read {
     int64_t version;     // after how many micro-steps of the token
 };
 
-// Where an address of a call belongs.
+// Where the address of that index belongs.
 struct Use {
     char** place;
-    int64_t address;
+    int64_t index;
 };
 
 struct Problem {
@@ -66,7 +66,6 @@ struct Problem {
     int64_t segment;     // tokens a segment
     int64_t uses;
     const Use* use;      // where the addresses of every call belong, in these structures
-    char* const* address;
     int64_t threads;
     int* positive;       // set to 1 where a log decay is > 0
 };
@@ -82,8 +81,8 @@ struct Gradient {
 // Puts the addresses where they belong, for one call of many of the same shapes.
 struct Call {
     int positive = 0;
-    Call(Problem& p, int threads) {
-        for (int64_t i = 0; i < p.uses; i++) *p.use[i].place = p.address[p.use[i].address];
+    Call(Problem& p, char* const* address, int threads) {
+        for (int64_t i = 0; i < p.uses; i++) *p.use[i].place = address[p.use[i].index];
         p.threads = threads, p.positive = &positive;
     }
 };

@@ -44,15 +44,10 @@ struct Step {
     }
 
     void decay(StepMicro& m, bool x_too) {
-        ivec positive = {};
         for (int k = 0; k < Kp; k += L) {
-            vec g = load(m.a + k);
-            positive |= g > 0.0f;
-            store(m.a + k, exponential(g));
+            store(m.a + k, exponential(load(m.a + k)));
             if (x_too) store(m.x + k, load(m.x + k) * load(m.a + k));
         }
-        for (int j = 0; j < L; j++)
-            if (positive[j]) *p.positive = 1;
     }
 
     void prepare_usual(Scratch& memory) {
@@ -292,11 +287,24 @@ struct Step {
     }
 };
 
+static bool has_positive_decay(const Problem& p) {
+    for (int m = 0; m < p.n; m++) {
+        const Tensor& g = p.micro[m].g;
+        for (int64_t b = 0; g && b < p.B; b++)
+            for (int64_t h = 0; h < g.heads; h++)
+                for (int64_t k = 0; k < (g.channel ? p.K : 1); k++)
+                    if (load_one(g.data, b * g.batch + h * g.head + k * g.channel, static_cast<Type>(g.type)) > 0) return true;
+    }
+    return false;
+}
+
 }  // namespace fw
 
-extern "C" __attribute__((visibility("default"))) int fastweights_step(fw::Problem* p, int threads) {
-    fw::Call call(*p, threads);
+// Whether a log decay is > 0, which is seen before anything is written.
+extern "C" __attribute__((visibility("default"))) int fastweights_step(fw::Problem* p, char* const* address, int threads) {
+    fw::Call call(*p, address, threads);
+    if (fw::has_positive_decay(*p)) return 1;
     fw::parallel(
         p->B * p->H, p->threads, [](void* context, int64_t i) { fw::Step(*static_cast<fw::Problem*>(context), i).run(); }, p, true);
-    return call.positive;
+    return 0;
 }

@@ -27,9 +27,11 @@ def empty(size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     length = math.prod(size) * dtype.itemsize
     if length < LONG:
         return torch.empty(size, dtype=dtype, device="cpu")
-    memory = _taken(length) or _new(length)
-    lease = _lease(length).from_address(memory[0].data_ptr())
-    lease.memory = memory[0]
+    memory = _taken(length)
+    if memory is None:
+        memory = _new(length)
+    lease = _lease(length).from_address(memory.data_ptr())
+    lease.memory = memory
     return torch.frombuffer(lease, dtype=dtype).resize_(size)  # a view could not be changed in place where gradients are
 
 
@@ -38,17 +40,17 @@ def empty_as(like: Tensor) -> Tensor:
     return torch.empty_like(like) if like.nbytes < LONG else empty(like.shape, like.dtype)
 
 
-def _taken(length: int) -> list[Tensor]:
+def _taken(length: int) -> Tensor | None:
     """Memory that waits and is no more than twice too long, if there is some."""
     for size in (length, *sorted(n for n in [*waiting] if length < n <= 2 * length)):
         try:
-            return [waiting[size].pop()]
+            return waiting[size].pop()
         except (KeyError, IndexError):
             continue
-    return []
+    return None
 
 
-def _new(length: int) -> list[Tensor]:
+def _new(length: int) -> Tensor:
     """New memory, on large pages, in the place of as much that waits: lengths that never return do not pile up."""
     _let_go(length)
     try:
@@ -57,7 +59,7 @@ def _new(length: int) -> list[Tensor]:
         waiting.clear()
         memory = torch.empty(length, dtype=torch.uint8, device="cpu")
     opened().fastweights_large_pages(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(length))
-    return [memory]
+    return memory
 
 
 def _let_go(length: int) -> None:

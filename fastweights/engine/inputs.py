@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..language.errors import SignalError, SignalTypeError
@@ -53,7 +54,7 @@ def may_look(x: Tensor) -> bool:
     """Whether values may be looked at: not while a graph is compiled, nor inside vmap and its kin, nor where there are none."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return False
-    return not x.is_meta and not isinstance(x, FakeTensor)
+    return not x.is_meta and not isinstance(x, FakeTensor) and active_fake_mode() is None
 
 
 def require_rule(rule: Any) -> None:

@@ -19,7 +19,7 @@ from .memory import empty, empty_as
 SLOTS = ("x", "y", "u", "w", "cx", "cu", "g")
 MOST_TOGETHER = 4  # heads that share a tensor and are done in turn in the backward pass
 SEGMENT = 64  # tokens between checkpoints of the state
-_modes, _level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level  # pyright: ignore[reportAttributeAccessIssue]
+modes, _level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level  # pyright: ignore[reportAttributeAccessIssue]
 _tracing = torch._C._get_tracing_state  # of torch.jit
 
 
@@ -35,7 +35,7 @@ def transformed() -> bool:
 
 def recorded() -> bool:
     """Whether someone sees every operator: a mode of torch, a transform, a tracer."""
-    return _modes() > 0 or transformed() or _tracing() is not None
+    return modes() > 0 or transformed() or _tracing() is not None
 
 
 def traced(tensors: Iterable[Tensor]) -> bool:

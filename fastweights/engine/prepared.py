@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..language.program import Program
 from ..language.rule import Rule
 from . import cpu
 from .inputs import Inputs, check
 from .kernels import at, opened, state, tensor
-from .operator import Forward, Frame, positive_decay, recorded, scanned, traced
+from .operator import Forward, Frame, modes, positive_decay, recorded, scanned, traced
 
 _MOST = 256  # signatures that a thread keeps
 _known = threading.local()  # the structures of a call are not for two threads at once
@@ -28,12 +29,14 @@ _address = Tensor.data_ptr
 
 def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     """What is read, and the last state; None where the call must be looked at anew every time, or the kernels do not serve it."""
-    if recorded() or not isinstance(rule, Rule):
+    if modes() or forward_ad._current_level >= 0 or not isinstance(rule, Rule):
         return None
     given = (*signals.values(), *(() if W is None else (W,)), *(() if reset is None else (reset,)))
     key = (rule.number, torch.is_grad_enabled(), *signals, W is None, reset is None, getattr(given[0], "shape", None) if given else None)
     call = _find(key, given)
     if call is _UNKNOWN:
+        if recorded():
+            return None
         checked = check(rule, signals, W, reset)
         call = None if traced(given) else _keep(key, given, _prepare_scan(checked, given))
     if call is None:
@@ -45,11 +48,13 @@ def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, A
 
 def step(rule: Any, W: Tensor, out: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     """The same for one token, where no gradient is asked for; the new state is written to ``out`` if given."""
-    if recorded() or not isinstance(rule, Rule):
+    if modes() or forward_ad._current_level >= 0 or not isinstance(rule, Rule):
         return None
     key, given = (rule.number, torch.is_grad_enabled(), *signals, W.shape), (*signals.values(), W)
     call = _find(key, given)
     if call is _UNKNOWN:
+        if recorded():
+            return None
         checked = check(rule, signals, W, time=False)
         call = None if traced(given) else _keep(key, given, _prepare_step(checked, given))
     return None if call is None or (out is not None and not call.takes(out, W)) else call(given, out)
@@ -78,11 +83,12 @@ def _keep(key: tuple[Any, ...], given: tuple[Tensor, ...], call: Any) -> Any:
 
 
 def _fits(given: tuple[Tensor, ...]) -> Callable[..., bool]:
-    """Says of tensors whether they are of the types, sizes and strides of these, and ask for the same gradients."""
+    """Says of tensors whether they are of the types, sizes and strides of these, and ask for the same gradients; no, if someone watches."""
     sizes: list[Any] = [[*x.shape] for x in given]
     strides: list[Any] = [[*x.stride()] for x in given]
     try:
-        from torch._C._dynamo.guards import TensorGuards  # as torch.compile does: one call instead of five a tensor
+        # as torch.compile does: one call instead of five a tensor, which also sees transforms and tracers
+        from torch._C._dynamo.guards import TensorGuards
     except ImportError:  # it is no public part of torch
         return fits_in_python(given)
     if len({*map(id, given)}) < len(given):  # which those do not take
@@ -102,7 +108,7 @@ def fits_in_python(given: tuple[Tensor, ...]) -> Callable[..., bool]:
         return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg() or x._is_zerotensor()
 
     known = [of(x) for x in given]
-    return lambda *tensors: [of(x) for x in tensors] == known
+    return lambda *tensors: not recorded() and [of(x) for x in tensors] == known
 
 
 def _handed_over(given: Inputs) -> tuple[Program, cpu.Operands, list[str]] | None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import R
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastweights as fw
@@ -83,6 +83,17 @@ def test_tensors_without_values_are_not_read(grad, before):
             assert given["g"].grad.shape == given["g"].shape
     assert y.shape == (2, 70, 4, 24)
     assert one.state.shape == W.shape
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_mode_without_values_sees_tensors_that_have_some(grad):
+    given = signals(grad=grad)
+    _, W = fw.scan(R.gated_delta, **given)
+    one = {n: x[:, 0].detach() for n, x in given.items()}
+    fw.step(R.gated_delta, W.detach(), **one)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(fw.scan(R.gated_delta, **given).y, FakeTensor)
+        assert isinstance(fw.step(R.gated_delta, W.detach(), **one).y, FakeTensor)
 
 
 def test_who_counts_operations_is_heard():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .capture import capturing, whole
 from .kernels import NOTHING, TYPES, CTensor, array, library, opened, tensor
 from .memory import empty
 from .operator import no_second_derivative, traced, transformed
@@ -63,10 +64,11 @@ def short_convolution(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Pa
     [1.0, 2.0, 2.0]
     """
     spec = [n for part in parts or (Part(x.shape[-1]),) for n in (part.channels, int(part.silu), part.group)]
+    capturing()  # a graph learns of the next line
     return _convolution(x, weight, before, bias, spec)
 
 
-@torch.compiler.allow_in_graph
+@whole
 def _convolution(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, spec: list[int]) -> Tensor:
     compiled = x.device.type == "cpu" and x.dtype in TYPES and weight.shape[1] in WIDTHS and library().lib is not None
     if compiled and not transformed() and x.shape[1]:

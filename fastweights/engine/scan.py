@@ -14,6 +14,7 @@ from ..language.roles import ROLES
 from ..language.rule import FORMS, RULES, Rule
 from ..language.trace import Trace
 from . import cpu, fla, lowered, prepared, sequential
+from .capture import capturing, whole
 from .chunk import chunked
 from .coupled import coupled
 from .inputs import Inputs, check, may_look, one_of, require_rule, whole_number
@@ -85,7 +86,7 @@ def scan(
     >>> y.flatten().tolist(), W.squeeze().tolist()
     ([3.0, 5.0], [3.0, 5.0])
     """
-    if torch.compiler.is_compiling() and isinstance(rule, Rule):
+    if capturing() and isinstance(rule, Rule):
         states = state if isinstance(state, tuple) else () if state is None else (state,)
         options = (form, backend, chunk_size, reset is not None, tuple(signals))
         y, *new = _scan_in_graph(rule.number, options, [*states, *(() if reset is None else (reset,)), *signals.values()])
@@ -99,7 +100,7 @@ def scan(
     return run(given, choose(given, form, backend, chunk_size))
 
 
-@torch.compiler.allow_in_graph
+@whole
 def _scan_in_graph(number: int, options: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """A scan as one node of the graph that torch.compile captures; what it runs is captured behind it, from real code on fake tensors."""
     form, backend, chunk_size, resets, names = options

@@ -396,6 +396,12 @@ def test_compiled_in_one_graph(rule):
     assert torch.allclose(torch.compile(token, fullgraph=True, backend="aot_eager")(*one), token(*one), atol=1e-6)
 
 
+def test_the_compiler_is_not_imported_before_it_is_used():
+    """It takes a second to import."""
+    program = "import sys, torch, fastweights; raise SystemExit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_a_compiled_layer():
     layer, x = fw.FastWeightLayer(R.gated_delta, 32, heads=2), torch.randn(1, 20, 32)
     assert torch.allclose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0], layer(x)[0], atol=1e-6)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from .capture import capturing, whole
 from .kernels import NOTHING, TYPES, CTensor, array, library, opened, tensor
 from .memory import empty
-from .operator import no_second_derivative, traced, transformed
+from .operator import no_second_derivative
+from .watched import traced, transformed
 
 WIDTHS = range(2, 9)  # of the compiled kernels
 _EPSILON = 1e-6

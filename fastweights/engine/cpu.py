@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..language.expr import Expr
 from ..language.program import MicroStep, Program
+from .frames import Forward, Spec
 from .inputs import Inputs
 from .kernels import CHUNK, library
-from .operator import Forward, Spec, scanned, traced, transformed
+from .operator import scanned
+from .watched import traced, transformed
 
 if TYPE_CHECKING:
     from .lowered import Prepared

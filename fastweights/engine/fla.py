@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..language.expr import Expr
 from ..language.program import Program
 from .cpu import Operand, flat, split
-from .inputs import Inputs, may_look
+from .inputs import Inputs
 from .lowered import Prepared
-from .operator import traced
+from .watched import may_look, traced
 
 # by decay and erase: the module of fla.ops and the function
 _KERNELS = {

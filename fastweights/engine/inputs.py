@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..language.errors import SignalError, SignalTypeError
 from ..language.rule import Rule
+from .watched import may_look
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,6 @@ class Inputs:
         states = {n: tuple(s.shape[2:]) for n, s in zip(self.rule.states, self.states, strict=True)}
         left_out = {n: s.shapes(self.K, self.V)[0] for n, s in self.rule.signals.items() if n not in self.signals}
         return states | {n: tuple(x.shape[3:]) for n, x in self.signals.items()} | left_out
-
-
-def may_look(x: Tensor) -> bool:
-    """Whether values may be looked at: not while a graph is compiled, nor inside vmap and its kin, nor where there are none."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        return False
-    return not x.is_meta and not isinstance(x, FakeTensor) and active_fake_mode() is None
 
 
 def require_rule(rule: Any) -> None:

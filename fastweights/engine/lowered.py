@@ -14,7 +14,8 @@ from ..language.program import Carry, Program
 from . import carry
 from .block import Micro
 from .decay import Decay, only
-from .inputs import Inputs, may_look
+from .inputs import Inputs
+from .watched import may_look
 
 Form = Callable[[Micro, Tensor], tuple[list[Tensor], Tensor]]
 Engine = Callable[["Prepared", Tensor], tuple[list[Tensor], Tensor]]  # what is read (B, T, *heads, D) and the final W

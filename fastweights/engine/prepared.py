@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..language.program import Program
 from ..language.rule import Rule
 from . import cpu
+from .frames import Forward, Frame, positive_decay
 from .inputs import Inputs, check
 from .kernels import at, opened, state, tensor
-from .operator import Forward, Frame, modes, positive_decay, recorded, scanned, traced
+from .operator import scanned
+from .watched import forward_derivatives, modes, recorded, traced
 
 _MOST = 256  # signatures that a thread keeps
 _known = threading.local()  # the structures of a call are not for two threads at once
@@ -29,7 +30,7 @@ _address = Tensor.data_ptr
 
 def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     """What is read, and the last state; None where the call must be looked at anew every time, or the kernels do not serve it."""
-    if modes() or forward_ad._current_level >= 0 or not isinstance(rule, Rule):
+    if modes() or forward_derivatives() or not isinstance(rule, Rule):
         return None
     given = (*signals.values(), *(() if W is None else (W,)), *(() if reset is None else (reset,)))
     key = (rule.number, torch.is_grad_enabled(), *signals, W is None, reset is None, getattr(given[0], "shape", None) if given else None)
@@ -48,7 +49,7 @@ def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, A
 
 def step(rule: Any, W: Tensor, out: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     """The same for one token, where no gradient is asked for; the new state is written to ``out`` if given."""
-    if modes() or forward_ad._current_level >= 0 or not isinstance(rule, Rule):
+    if modes() or forward_derivatives() or not isinstance(rule, Rule):
         return None
     key, given = (rule.number, torch.is_grad_enabled(), *signals, W.shape), (*signals.values(), W)
     call = _find(key, given)

@@ -17,9 +17,10 @@ from . import cpu, fla, lowered, prepared, sequential
 from .capture import capturing, whole
 from .chunk import chunked
 from .coupled import coupled
-from .inputs import Inputs, check, may_look, one_of, require_rule, whole_number
+from .inputs import Inputs, check, one_of, require_rule, whole_number
 from .parallel import parallel
 from .recurrent import recurrent
+from .watched import may_look
 
 BACKENDS = ("torch", "cpu", "fla")
 _COUPLED_CHUNK = 32  # tokens

@@ -15,6 +15,7 @@ from ..language.trace import Trace
 from .inputs import Inputs
 from .kernels import library
 from .machine import OPS, Machine, Unsupported, machine
+from .watched import traced, transformed
 
 _SEGMENT_BYTES = 1 << 20  # of what is kept of a segment of tokens on the way back
 _MOST_TOKENS = 64
@@ -67,10 +68,9 @@ def refusal(known: Trace, given: Inputs) -> str:
     """Why the machine does not run a call; nothing if it does."""
     if given.device.type != "cpu":
         return f"the signals are on {given.device}"
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        return "it runs inside a transform of torch.func, or is compiled"
-    tensors = (*given.signals.values(), *given.states)
-    if torch._C._len_torch_dispatch_stack() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+    if torch.compiler.is_compiling() or transformed():
+        return "it runs inside a transform of torch.func, under forward-mode derivatives, or is compiled"
+    if traced((*given.signals.values(), *given.states)):
         return "someone records what runs"
     found = compiled(known, given)
     return found if isinstance(found, str) else library().why

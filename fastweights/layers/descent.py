@@ -11,8 +11,9 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engine.inputs import Inputs, check, may_look, one_of, whole_number
+from ..engine.inputs import Inputs, check, one_of, whole_number
 from ..engine.scan import Output
+from ..engine.watched import may_look
 from ..language.decorator import outer, rule
 from ..language.errors import FormError, SignalError
 from ..language.roles import Gate, Key, Matrix, Rate, Role, Value

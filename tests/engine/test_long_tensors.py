@@ -5,7 +5,7 @@ import gc
 import pickle
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -106,20 +106,13 @@ def test_a_sequence_of_calls_uses_the_same_memory():
 
 
 def test_threads_get_memory_of_their_own():
-    wrong = []
+    def right(me):
+        x = memory.empty((memory.LONG // 4,))
+        x.fill_(me)
+        return bool((x == me).all())
 
-    def work(me):
-        for _ in range(30):
-            x = memory.empty((memory.LONG // 4,))
-            x.fill_(me)
-            wrong.extend([] if (x == me).all() else [me])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(right, range(200)))
 
 
 def test_its_tensors_are_like_any_other(tmp_path):

@@ -468,8 +468,8 @@ static void backward_of(Job job) {
 
 }  // namespace fw
 
-extern "C" __attribute__((visibility("default"))) void fastweights_backward(fw::Problem* p, fw::Gradient* grad, char* const* address,
-                                                                               int threads) {
+extern "C" __attribute__((visibility("default")))
+void fastweights_backward(fw::Problem* p, fw::Gradient* grad, char* const* address, int threads) {
     fw::Call call(*p, address, threads);
     fw::dispatch(*p, [&](auto decay, auto erase) { fw::backward_of<decay.value, erase.value>({p, grad}); });
 }

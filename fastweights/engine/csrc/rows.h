@@ -127,7 +127,8 @@ SHARED void read_rows(Ahead& next, const Layout& at, float* out, const float* ro
 }
 
 // S = diag(scale) from + keys^T values
-SHARED void write_rows(Ahead& next, const Layout& at, float* S, const float* from, const float* scale, int scale_stride, const float* keys, const float* values, int count) {
+SHARED void write_rows(Ahead& next, const Layout& at, float* S, const float* from, const float* scale, int scale_stride,
+                       const float* keys, const float* values, int count) {
     for (int n = 0; n < at.panels; n++)
         for (int k = 0; k < at.Kp; k += MR) {
             next.fetch();

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .capture import capturing, whole
-from .kernels import NOTHING, TYPES, CTensor, array, library, opened, tensor
+from .kernels import TYPES, CTensor, array, library, opened, rows
 from .memory import empty
 from .operator import no_second_derivative
 from .watched import traced, transformed
@@ -105,20 +105,16 @@ def _problem(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, par
     ends = [sum(parts[: i + 1 : 3]) for i in range(0, len(parts), 3)]
     c = _CConvolution(B, T, channels, weight.shape[1], len(ends))
     c.part = array(_CPart, [_CPart(end, *parts[3 * i + 1 : 3 * i + 3]) for i, end in enumerate(ends)])
-    c.weight, c.x, c.before, c.threads = single[0].data_ptr(), _rows(x), _rows(before), torch.get_num_threads()
+    c.weight, c.x, c.before, c.threads = single[0].data_ptr(), rows(x), rows(before), torch.get_num_threads()
     if bias is not None:
         c.bias = single[1].data_ptr()
     return c, single  # which must live as long as the call
 
 
-def _rows(x: Tensor) -> CTensor:
-    return tensor(x.unsqueeze(2)) if x.shape[1] else NOTHING
-
-
 def _convolve(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None, parts: list[int]) -> Tensor:
     c, _single = _problem(x, weight, before, bias, parts)
     y = empty(x.shape, x.dtype)
-    c.y = _rows(y)
+    c.y = rows(y)
     opened().fastweights_convolve(ctypes.byref(c))
     return y
 
@@ -131,7 +127,7 @@ def _convolve_backward(
     lib = opened()
     runs = x.shape[0] * -(-x.shape[1] // lib.fastweights_convolution_run())
     sums = torch.empty(runs, weight.shape[1] + 1, x.shape[2], dtype=torch.float32, device="cpu")
-    c.dy, c.dx, c.dbefore, c.sums = _rows(grad), _rows(dx), _rows(dbefore), sums.data_ptr()
+    c.dy, c.dx, c.dbefore, c.sums = rows(grad), rows(dx), rows(dbefore), sums.data_ptr()
     lib.fastweights_convolve_backward(ctypes.byref(c))
     total = sums.sum(0)
     return dx, total[:-1].t().to(weight.dtype), dbefore, total[-1].to(weight.dtype if bias is None else bias.dtype)

@@ -79,6 +79,14 @@ def tensor(x: Tensor | None) -> CTensor:
     return CTensor(x.data_ptr(), s[0], s[1], s[2], s[3] if len(s) > 3 else 0, x.shape[2], TYPES[x.dtype])
 
 
+def rows(x: Tensor | None) -> CTensor:
+    """Rows (B, T, C)."""
+    if x is None or not x.shape[1]:
+        return NOTHING
+    s = x.stride()
+    return CTensor(x.data_ptr(), s[0], s[1], 0, s[2], 1, TYPES[x.dtype])
+
+
 def state(x: Tensor | None) -> CTensor:
     """A state (B, H, V, K)."""
     if x is None:

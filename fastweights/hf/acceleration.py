@@ -45,6 +45,10 @@ class Seam:
 
 _DELTA = ("query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
 _SSD = ("hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "initial_states", "dt_softplus", "dt_limit", "return_final_states")
+_GATED_NORMS = (  # before RMSNormGated
+    "Mamba", "Bamba", "GraniteMoeHybrid", "NemotronH", "Zamba2", "FalconH1", "Qwen3Next", "Qwen3_5", "Qwen3_5Moe", "Qwen4ExpText",
+    "OlmoHybrid", "LaraMini", "KimiLinear", "Glm5NextText", "BailingHybrid",
+)  # fmt: skip
 _SSD_STEP = ("state", "hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus")
 SEAMS = (
     Seam("torch_chunk_gated_delta_rule", "chunk_gated_delta_rule", _DELTA, functions.gated_delta, functions.serves_delta),
@@ -62,6 +66,10 @@ SEAMS = (
     Seam(
         "MiniMaxLightningAttention.forward", None, ("hidden_states", "attention_mask", "cache"),
         functions.lightning, functions.serves_lightning,
+    ),
+    *(
+        Seam(f"{name}RMSNormGated.forward", None, ("hidden_states", "gate"), functions.gated_norm, functions.serves_gated_norm)
+        for name in _GATED_NORMS
     ),
 )  # fmt: skip
 _BY_NAME = {seam.name: seam for seam in SEAMS}
@@ -190,7 +198,8 @@ class enable:
     ``enable()`` holds until ``disable()``, or for a block: ``with enable() as report: ...``. Models that are already loaded, and
     those that are loaded later, are the same to it. Gated delta (Qwen3-Next, Qwen3.5, OLMo-hybrid), KDA (Kimi-Linear,
     Bailing-hybrid), Mamba-2 with its relatives, mLSTM (xLSTM) and lightning attention (MiniMax) run forward, backward and token by
-    token, their short convolutions too, and packed sequences work. ``report`` says what was exchanged, and what was refused and why.
+    token, their short convolutions and gated norms too, and packed sequences work. ``report`` says what was exchanged, and what was
+    refused and why.
 
     >>> from fastweights import hf
     >>> with hf.enable() as report:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .. import rules as R
 from ..compat.sequences import run
 from ..engine.convolution import Part, short_convolution
+from ..engine.gated_norm import gated_norm as norm_and_gate
 from ..engine.scan import scan
 from ..engine.step import step
 from ..rules.hebb import mlstm as mlstm_rule
@@ -173,6 +174,27 @@ def lightning(
         cache.set_linear_cache(self.layer_idx, state)
     y = self.norm(y.flatten(2).to(hidden_states.dtype))
     return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * y), state
+
+
+# ---- the norm of what is read, and its gate --------------------------------------------------------------------------
+
+_GATES = {"silu": "swish", "swish": "swish", "sigmoid": "sigmoid"}
+
+
+def serves_gated_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> bool:
+    like = gate is None or gate.shape == hidden_states.shape
+    return like and getattr(self, "activation", "silu") in _GATES and _is_float(hidden_states, gate) and hidden_states.numel() > 0
+
+
+def gated_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+    """weight * RMS norm, in groups of channels that the layer knows, gated before (Mamba-2 and its relatives) or after."""
+    channels = hidden_states.shape[-1]
+    if hasattr(self, "n_groups"):
+        size, first = channels // self.n_groups, not self.norm_before_gate
+    else:
+        size, first = getattr(self, "group_size", channels), hasattr(self, "group_size")
+    activation = _GATES[getattr(self, "activation", "silu")]
+    return norm_and_gate(hidden_states, gate, self.weight, size=size, eps=self.variance_epsilon, activation=activation, gate_first=first)
 
 
 # ---- the short convolution -------------------------------------------------------------------------------------------

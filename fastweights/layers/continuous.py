@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..engine.gated_norm import gated_norm
 from ..engine.step import step as one_token
 from ..language.errors import SignalError, SignalTypeError
 from ..language.rule import Rule
 from .flow import ADAPTIVE, GRADIENTS, METHODS, Solver, driver, require_flow, run_steps, runge_kutta
 from .interpolation import KINDS, Pieces
+from .norms import RMSNorm
 from .programmer import Programmer
 from .samples import Samples, gathered, kept_bytes
 
@@ -97,7 +98,7 @@ class ContinuousLayer(nn.Module):
             raise SignalError(f"{', '.join(options)} are options of the default programmer, and another programmer was given")
         self.programmer = programmer
         self.d_feature = getattr(programmer, "d_feature", self.d_key)  # of W
-        self.norm = nn.RMSNorm(self.d_value, eps=1e-5) if output_norm else None
+        self.norm = RMSNorm(self.d_value) if output_norm else None
         self.gate = nn.Linear(d_model, heads * self.d_value, bias=False) if output_gate else None
         self.out = nn.Linear(heads * self.d_value, d_model, bias=False)
 
@@ -114,8 +115,8 @@ class ContinuousLayer(nn.Module):
         x = samples.x.to(x.dtype)
         q = self.programmer(x, None)[0]["q"]
         y, W = self._by_steps(samples, q, W, reset is not None) if by_steps else self._solved(samples, q, W)
-        y = y.to(x.dtype) if self.norm is None else self.norm(y.to(x.dtype))
-        y = y.flatten(2) if self.gate is None else y.flatten(2) * F.silu(self.gate(x))
+        y, gate = y.flatten(2).to(x.dtype), None if self.gate is None else self.gate(x)
+        y = gated_norm(y, gate) if self.norm is None else self.norm(y, gate)
         return self.out(y), {name: W, **samples.state}
 
     def _empty(self, x: Tensor) -> Tensor:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..engine.gated_norm import ACTIVATIONS, gated_norm
 from ..engine.scan import scan
 from ..language.errors import SignalError, SignalTypeError
 from ..language.rule import Rule
 from .attention import rotate
-from .norms import GroupedNorm
+from .norms import GroupedNorm, RMSNorm
 from .programmer import Programmer
 
 State = dict[str, Tensor]
-_GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "sigmoid": torch.sigmoid}
 
 
 class FastWeightLayer(nn.Module):
@@ -75,8 +74,8 @@ class FastWeightLayer(nn.Module):
             raise SignalError(f"heads is {heads}, expected at least 1")
         if (d_key is None or d_value is None) and d_model % heads:
             raise SignalError(f"d_model = {d_model} is not a multiple of heads = {heads}; give d_key and d_value, or other heads")
-        if gate not in _GATES:
-            raise SignalError(f"gate is {gate!r}; known: {', '.join(_GATES)}")
+        if gate not in ACTIVATIONS:
+            raise SignalError(f"gate is {gate!r}; known: {', '.join(ACTIVATIONS)}")
         self.rule, self.d_model, self.heads, self.form, self.rotary, self.gate_kind = rule, d_model, heads, form, rotary, gate
         self.d_key, self.d_value = d_key or d_model // heads, d_value or d_model // heads
         if programmer is None:
@@ -85,7 +84,7 @@ class FastWeightLayer(nn.Module):
             raise SignalError(f"{', '.join(options)} are options of the default programmer, and another programmer was given")
         self.programmer = programmer
         self.d_feature = getattr(programmer, "d_feature", self.d_key)  # of W
-        self.gate_first, self.each_head = gate_first, output_norm is True
+        self.gate_first = gate_first
         values = heads * self.d_value
         self.norm = _norm(output_norm, heads, self.d_value, norm_eps)
         self.skip = nn.Parameter(torch.ones(heads)) if skip else None
@@ -122,11 +121,10 @@ class FastWeightLayer(nn.Module):
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:
         """The norm and the gate, (B, T, heads d_value)."""
-        gate = None if self.gate is None else _GATES[self.gate_kind](self.gate(x))
-        y = y * gate if gate is not None and self.gate_first else y
-        if self.norm is not None:
-            y = self.norm(y.unflatten(-1, (self.heads, -1)) if self.each_head else y).reshape(y.shape)
-        return y * gate if gate is not None and not self.gate_first else y
+        gate = None if self.gate is None else self.gate(x)
+        if self.norm is None:
+            return gated_norm(y, gate, activation=self.gate_kind)
+        return self.norm(y, gate, self.gate_kind, self.gate_first)
 
     def _empty(self, x: Tensor, signals: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         dtype = torch.float64 if any(s.dtype == torch.float64 for s in signals.values()) else torch.float32
@@ -147,9 +145,9 @@ class FastWeightLayer(nn.Module):
 
 def _norm(kind: bool | str | int, heads: int, d_value: int, eps: float) -> nn.Module | None:
     if kind is True:
-        return nn.RMSNorm(d_value, eps=eps)
+        return RMSNorm(d_value, eps)
     if kind == "all":
-        return nn.RMSNorm(heads * d_value, eps=eps)
+        return RMSNorm(heads * d_value, eps)
     if kind == "layer":
         return GroupedNorm(heads, heads * d_value, eps, centred=True)
     if not kind:

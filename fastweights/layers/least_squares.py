@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .. import rules
 from ..engine.scan import scan, unroll
 from ..language.errors import SignalError
+from .norms import RMSNorm
 from .programmer import Programmer
 
 State = dict[str, Tensor]
@@ -94,7 +95,7 @@ class MesaLayer(nn.Module):
         self.d_key, self.d_value = d_key or d_model // heads, d_value or d_model // heads
         self.programmer = Programmer(rules.gated_delta, d_model, heads=heads, d_key=self.d_key, d_value=self.d_value)
         self.raw_ridge = nn.Parameter(torch.zeros(heads, self.d_key))
-        self.norm = nn.RMSNorm(self.d_value, eps=1e-5)
+        self.norm = RMSNorm(self.d_value)
         self.out = nn.Linear(heads * self.d_value, d_model, bias=False)
 
     def forward(self, x: Tensor, state: Mapping[str, Tensor] | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:

@@ -1,15 +1,38 @@
-"""Norms of what the heads of a layer read."""
+"""Norms, of what the heads of a layer read and of a model's channels, with the gate beside them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from ..engine.gated_norm import gated_norm
+
+
+class RMSNorm(nn.RMSNorm):
+    """Channels divided by their root mean square, times a weight a channel; if x has a multiple of them, in groups that share the weight.
+
+    ``gate``, of the shape of x, multiplies the result through its ``activation`` (``"swish"`` or ``"sigmoid"``), or x where it comes
+    first.
+
+    >>> RMSNorm(3)(torch.ones(1, 6)).shape
+    torch.Size([1, 6])
+    """
+
+    weight: nn.Parameter
+    eps: float
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "swish", gate_first: bool = False) -> Tensor:
+        how = {"size": len(self.weight), "eps": self.eps, "activation": activation}
+        return gated_norm(x, gate, self.weight, gate_first=gate_first, **how)  # type: ignore[arg-type]
+
 
 class GroupedNorm(nn.Module):
     """Each of ``groups`` equal parts of the last axis, divided by its root mean square, times a weight a channel.
 
-    ``centred`` takes the mean away first (a layer norm of each part); ``bias`` adds a number a channel.
+    ``centred`` takes the mean away first (a layer norm of each part); ``bias`` adds a number a channel. ``gate`` as in ``RMSNorm``.
 
     >>> GroupedNorm(2, 6)(torch.ones(1, 6)).shape
     torch.Size([1, 6])
@@ -21,8 +44,9 @@ class GroupedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = x.unflatten(-1, (self.groups, -1)).to(torch.promote_types(x.dtype, torch.float32))
-        z = z - z.mean(-1, keepdim=True) if self.centred else z
-        y = (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight.to(z.dtype)
-        return (y if self.bias is None else y + self.bias.to(z.dtype)).to(x.dtype)
+    def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "swish", gate_first: bool = False) -> Tensor:
+        size = x.shape[-1] // self.groups
+        now, after = (gate, None) if gate_first or self.bias is None else (None, gate)
+        y = gated_norm(x, now, self.weight, size=size, eps=self.eps, activation=activation, gate_first=gate_first, centred=self.centred)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if after is None else gated_norm(y, after, activation=activation)

@@ -152,4 +152,4 @@ class RWKV6(_TokenMixer):
         g = -self.split(self.w_lora(xw).to(torch.promote_types(x.dtype, torch.float32))).exp()
         u = self.bonus.to(r.dtype).expand(*r.shape)
         y, W = scan(rules.bonus_hebb, q=r, k=k, v=v, u=u, g=g, state=None if state is None else state["W"], reset=reset)
-        return self.out(self.g_norm(y.flatten(2)) * F.silu(self.g_proj(xg))), self.after(x, state, W)
+        return self.out(self.g_norm(y.flatten(2), self.g_proj(xg))), self.after(x, state, W)

@@ -12,6 +12,7 @@ from ..engine.scan import Output, scan
 from ..language.errors import SignalError
 from ..rules.hebb import decayed_hebb, hebb
 from .inputs import check_sequence, single, size
+from .norms import RMSNorm
 
 State = dict[str, Tensor]
 
@@ -107,7 +108,7 @@ class GatedSlotAttention(nn.Module):
             raise SignalError(f"temper is {temper}, expected a number above 0")
         self.temper = temper
         self.signals = _Projections(d_model, heads, slots, d_key, d_value)
-        self.norm = nn.RMSNorm(heads * self.signals.d_value, eps=1e-5)
+        self.norm = RMSNorm(heads * self.signals.d_value)
         self.out = nn.Linear(heads * self.signals.d_value, d_model, bias=False)
 
     def forward(self, x: Tensor, state: Mapping[str, Tensor] | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..engine.gated_norm import gated_unit
 from ..language.errors import FastWeightError, RuleError
 from ..language.rule import Rule
 from ..layers.attention import SoftmaxAttention
 from ..layers.layer import FastWeightLayer
+from ..layers.norms import RMSNorm
 from .presets import PRESETS, Place, layer_of, rule_of
 from .systems import SYSTEMS
 
@@ -80,11 +81,11 @@ class Block(nn.Module):
     def __init__(self, layer: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         d_model = config.d_model
-        self.norm = nn.RMSNorm(d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(d_model, config.norm_eps)
         self.layer = layer
         self.hidden = 8 * d_model // 3 // 8 * 8 if config.d_hidden is None else config.d_hidden
         if self.hidden:
-            self.mlp_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
+            self.mlp_norm = RMSNorm(d_model, config.norm_eps)
             self.mlp_in = nn.Linear(d_model, 2 * self.hidden, bias=False)
             self.mlp_out = nn.Linear(self.hidden, d_model, bias=False)
 
@@ -93,8 +94,7 @@ class Block(nn.Module):
         x = x + y
         if not self.hidden:
             return x, state
-        gate, up = self.mlp_in(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.mlp_out(F.silu(gate) * up), state
+        return x + self.mlp_out(gated_unit(self.mlp_in(self.mlp_norm(x)))), state
 
 
 def initialise(blocks: nn.ModuleList) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..language.errors import FastWeightError
 from ..language.rule import Rule
+from ..layers.norms import RMSNorm
 from .blocks import Block, Memory, initialise, layer_named, resolve, run_blocks
 
 
@@ -79,7 +80,7 @@ class LanguageModel(nn.Module):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(config.vocabulary, config.d_model)
             self.blocks = nn.ModuleList(Block(layer_named(name, config, self.rules, i), config) for i, name in enumerate(config.layers))
-            self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+            self.norm = RMSNorm(config.d_model, config.norm_eps)
             self.head = None if config.tied else nn.Linear(config.d_model, config.vocabulary, bias=False)
             nn.init.normal_(self.embed.weight, std=config.d_model**-0.5)
             initialise(self.blocks)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..language.errors import SignalError
 from ..language.rule import Rule
+from ..layers.norms import RMSNorm
 from .blocks import Block, Memory, initialise, layer_named, resolve, run_blocks
 from .language_model import ModelConfig
 
@@ -37,7 +38,7 @@ class SequenceModel(nn.Module):
             torch.manual_seed(seed)
             self.enter = nn.Linear(d_in, config.d_model)
             self.blocks = nn.ModuleList(Block(layer_named(name, config, found, i), config) for i, name in enumerate(config.layers))
-            self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+            self.norm = RMSNorm(config.d_model, config.norm_eps)
             self.leave = nn.Linear(config.d_model, d_out)
             initialise(self.blocks)
 

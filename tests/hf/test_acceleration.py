@@ -1,10 +1,14 @@
 """Models of transformers compute the same with our functions in the place of theirs, and are as they were afterwards."""
 
+import contextlib
 import copy
+import importlib
+import inspect
 import pickle
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +37,8 @@ def close(a, b, bound=1e-5):
 @pytest.fixture(params=list(models.FAMILIES))
 def model(request):
     built = models.build(request.param)
-    built.seams = 1 if request.param in ("xlstm", "minimax") else 4  # the scan, its step, the convolution and its step
+    # the scan, its step, the convolution, its step, the gated norm (which Falcon-H1 does without)
+    built.seams = {"xlstm": 1, "minimax": 1, "falcon_h1": 4}.get(request.param, 5)
     return built
 
 
@@ -62,6 +67,30 @@ def test_logits_and_generation_are_the_same(model, monkeypatch):
         assert len(set(seen)) == model.seams
     assert report.exchanged
     assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("family", acceleration._GATED_NORMS)
+def test_gated_norms_are_the_same(family):
+    files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    path = next((path for path in files if f"class {family}RMSNormGated(" in path.read_text()), None)
+    if path is None:
+        pytest.skip("this version of transformers has no such layer")
+    module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+    make = getattr(module, f"{family}RMSNormGated")
+    options = [{}, {"n_groups": 3}, {"norm_before_gate": False}] if family == "FalconH1" else [{}]
+    for more in [{"group_size": 8}] if "group_size" in inspect.signature(make).parameters else options:
+        norm = make(24, **more)
+        draw = torch.Generator().manual_seed(0)
+        x, gate, weight, seen = (torch.randn(*s, generator=draw) for s in ((2, 5, 24), (2, 5, 24), (24,), (2, 5, 24)))
+        norm.weight.data = weight
+        both = []
+        for fast in (False, True):
+            leaves = [x.clone().requires_grad_(), gate.clone().requires_grad_()]
+            with hf.enable() if fast else contextlib.nullcontext():
+                y = norm(*leaves)
+            both.append([y, *torch.autograd.grad((y * seen).sum(), [*leaves, norm.weight])])
+            assert ("_GatedNorm" in type(y.grad_fn).__name__) == (fast and library().lib is not None)
+        assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(*both, strict=True))
 
 
 def test_gradients_are_the_same(model):

@@ -9,7 +9,7 @@
 // with its own sums for the weights, which are added up in order.
 #include <algorithm>
 
-#include "problem.h"
+#include "rows.h"
 
 namespace fw {
 
@@ -92,27 +92,6 @@ struct Rows {
         }
     }
 
-    template <class F>
-    INLINE static void vectors(int from, int to, F f) {  // f(at, lanes): the last vector may be a part of one
-        for (int i = from; i < to; i += L) f(i, to - i < L ? to - i : L);
-    }
-    INLINE static vec some(const float* p, int n) {
-        if (n == L) return load(p);
-        float out[L] = {};
-        for (int i = 0; i < n; i++) out[i] = p[i];
-        return load(out);
-    }
-    INLINE static void put_some(float* p, vec x, int n) {
-        if (n == L) return store(p, x);
-        for (int i = 0; i < n; i++) p[i] = x[i];
-    }
-    INLINE static float total(vec x) {
-        float out = 0;
-        for (int i = 0; i < L; i++) out += x[i];
-        return out;
-    }
-    INLINE static vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
-
     static float inverse_norm(const float* s, int from, int to) {
         vec squares = {};
         vectors(from, to, [&](int i, int n) { squares += some(s + i, n) * some(s + i, n); });
@@ -194,25 +173,25 @@ static void convolve_run_backward(const Convolution& c, int64_t b, int64_t first
             std::memset(d, 0, sizeof(float) * C);
         }
         if (t < end)
-            Rows::vectors(0, C, [&](int i, int n) {
-                vec x = Rows::some(d + i, n);
+            vectors(0, C, [&](int i, int n) {
+                vec x = some(d + i, n);
                 for (int j = 0; j < width; j++) {
                     float* sum = sums + j * C + i;
-                    Rows::put_some(sum, Rows::some(sum, n) + x * Rows::some(rows.row(t - width + 1 + j) + i, n), n);
+                    put_some(sum, some(sum, n) + x * some(rows.row(t - width + 1 + j) + i, n), n);
                 }
-                Rows::put_some(sums + width * C + i, Rows::some(sums + width * C + i, n) + x, n);
+                put_some(sums + width * C + i, some(sums + width * C + i, n) + x, n);
             });
         // the rows before the sequence are written by its first run
         const int64_t to = t - width + 1;
         if (to >= end || (to < first && first > 0)) continue;
         if (to < 0 && !c.dbefore) continue;
-        Rows::vectors(0, C, [&](int i, int n) {
+        vectors(0, C, [&](int i, int n) {
             vec x = {};
             for (int j = 0; j < width; j++) {
                 int64_t from = to + width - 1 - j;
-                if (from >= first) x += Rows::some(c.weight + j * C + i, n) * Rows::some(dz_row(from) + i, n);
+                if (from >= first) x += some(c.weight + j * C + i, n) * some(dz_row(from) + i, n);
             }
-            Rows::put_some(dx + i, x, n);
+            put_some(dx + i, x, n);
         });
         if (to >= 0) rows.put(c.dx, to, dx);
         else rows.put(c.dbefore, to + width - 1, dx);

@@ -112,6 +112,29 @@ SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int r
     for (int r = 0; r < count; r++, rows += rows_stride) store_row(t, offset + r * t.time, rows, n, scales ? scales[r * stride] : 1.0f, add);
 }
 
+// ---- rows of any length, a vector at a time ------------------------------------------------------------------------
+
+template <class F>
+INLINE void vectors(int from, int to, F f) {  // f(at, lanes): the last vector may be a part of one
+    for (int i = from; i < to; i += L) f(i, to - i < L ? to - i : L);
+}
+INLINE vec some(const float* p, int n) {
+    if (n == L) return load(p);
+    float out[L] = {};
+    for (int i = 0; i < n; i++) out[i] = p[i];
+    return load(out);
+}
+INLINE void put_some(float* p, vec x, int n) {
+    if (n == L) return store(p, x);
+    for (int i = 0; i < n; i++) p[i] = x[i];
+}
+INLINE float total(vec x) {
+    float out = 0;
+    for (int i = 0; i < L; i++) out += x[i];
+    return out;
+}
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
 // ---- products with S, in panels ------------------------------------------------------------------------------------
 
 // out[r] = rows[r] . S for `count` rows (out and rows have room for whole tiles)

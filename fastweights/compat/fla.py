@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import rules as R
+from ..engine.gated_norm import unit_length
 from ..language.errors import SignalError
 from .arguments import log_decay, rate, steering, variant
 from .sequences import run
@@ -133,7 +134,7 @@ def chunk_comba(
     steering("chunk_comba", more)
     beta = torch.ones_like(v[..., 0]) if beta is None else beta
     if use_qk_l2norm_in_kernel:
-        p = p * torch.rsqrt(p.float().square().sum(-1, keepdim=True) + 1e-6)
+        p = unit_length(p.to(torch.promote_types(p.dtype, torch.float32)))
     given = {"q": q, "k": k, "v": v, "p": p, "beta": beta, "d": torch.zeros_like(beta), "g": g}
     return run(
         R.comba, given, scale=scale, state=initial_state, keep_state=output_final_state, cu_seqlens=cu_seqlens,

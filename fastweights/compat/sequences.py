@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..engine.gated_norm import unit_length
 from ..engine.scan import scan
 from ..language.errors import SignalError
 from ..language.rule import Rule
@@ -33,9 +34,11 @@ def run(
     dtype = signals["v"].dtype
     wide = torch.float64 if any(x.dtype == torch.float64 for x in signals.values()) else torch.float32
     signals = {n: x.to(wide) for n, x in signals.items()}
+    scale = signals["q"].shape[-1] ** -0.5 if scale is None else scale
     if l2norm:
-        signals |= {n: _unit(signals[n]) for n in ("q", "k")}
-    signals["q"] = signals["q"] * (signals["q"].shape[-1] ** -0.5 if scale is None else scale)
+        signals |= {"q": unit_length(signals["q"], scale), "k": unit_length(signals["k"])}
+    else:
+        signals["q"] = signals["q"] * scale
     if reverse:
         signals = {n: x.flip(1) for n, x in signals.items()}
     W = None if state is None else (state if value_first else state.transpose(-1, -2)).to(wide)
@@ -48,10 +51,6 @@ def run(
     if not keep_state:
         return y.to(dtype), None
     return y.to(dtype), W if value_first else W.transpose(-1, -2)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def _offsets(

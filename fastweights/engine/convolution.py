@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .capture import capturing, whole
+from .gated_norm import unit_length
 from .kernels import TYPES, CTensor, array, library, opened, rows
 from .memory import empty
 from .operator import no_second_derivative
 from .watched import traced, transformed
 
 WIDTHS = range(2, 9)  # of the compiled kernels
-_EPSILON = 1e-6
 
 
 class Part(NamedTuple):
@@ -41,11 +41,6 @@ class _CConvolution(ctypes.Structure):
         ("sums", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
     ]
-
-
-def l2_normalised(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + 1e-6) over the last axis."""
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _EPSILON)
 
 
 def short_convolution(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...] = (), bias: Tensor | None = None) -> Tensor:
@@ -88,7 +83,7 @@ def _in_torch(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Part, ...]
     done = []
     for part, s in zip(parts, z.split([p.channels for p in parts], -1), strict=True):
         s = F.silu(s) if part.silu else s
-        done.append(l2_normalised(s.unflatten(-1, (-1, part.group))).flatten(-2) if part.group else s)
+        done.append(unit_length(s.unflatten(-1, (-1, part.group))).flatten(-2) if part.group else s)
     return torch.cat(done, -1).to(x.dtype)
 
 

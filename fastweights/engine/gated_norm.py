@@ -14,6 +14,7 @@ from .kernels import TYPES, CTensor, library, opened, rows
 from .memory import empty
 from .watched import traced
 
+UNIT_EPSILON = 1e-6
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "swish": F.silu}
 
 
@@ -26,12 +27,13 @@ class How(NamedTuple):
     gate_first: bool = False
     centred: bool = False
     halves: bool = False  # the first half of the channels is the gate of the others
+    scale: float = 1.0
 
 
 class _CGatedNorm(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("B", "T", "channels", "size", "weights", "activation", "gate_first", "centred", "threads")),
-        ("epsilon", ctypes.c_double),
+        *((n, ctypes.c_double) for n in ("epsilon", "scale")),
         *((n, ctypes.c_void_p) for n in ("weight", "sums")),
         *((n, CTensor) for n in ("y", "gate", "out", "dy", "dgate")),
     ]
@@ -81,6 +83,16 @@ def gated_unit(x: Tensor) -> Tensor:
     return _run(x, None, None, How(activation="swish", halves=True))
 
 
+def unit_length(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * x / sqrt(|x|^2 + 1e-6) over the last axis: keys and queries of length one.
+
+    >>> unit_length(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+    """
+    size = x.shape[-1]
+    return _run(x, None, None, How(size, UNIT_EPSILON / size, scale=scale * size**-0.5)) if size else x
+
+
 def _run(y: Tensor, gate: Tensor | None, weight: Tensor | None, how: How) -> Tensor:
     given = [t for t in (y, gate, weight) if t is not None]
     if torch.compiler.is_compiling() or traced(given) or not _compiled(given) or library().lib is None or not y.numel():
@@ -110,6 +122,7 @@ def _in_torch(y: Tensor, gate: Tensor | None, weight: Tensor | None, how: How) -
         z = u.unflatten(-1, (-1, how.size))
         z = z - z.mean(-1, keepdim=True) if how.centred else z
         u = (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + how.eps)).flatten(-2)
+    u = u if how.scale == 1 else u * how.scale
     if weight is not None:
         u = (u.unflatten(-1, (-1, len(weight))) * weight.to(single)).flatten(-2)
     return (u * a if a is not None and not how.gate_first else u).to(y.dtype)
@@ -164,6 +177,6 @@ def _problem(y: Tensor, gate: Tensor | None, weight: Tensor | None, how: How) ->
     single = None if weight is None else weight.detach().float().contiguous()  # which must live as long as the call
     weights = 0 if single is None else len(single)
     activation = ("", *ACTIVATIONS).index(how.activation)
-    c = _CGatedNorm(B, T, channels, how.size, weights, activation, how.gate_first, how.centred, torch.get_num_threads(), how.eps)
+    c = _CGatedNorm(B, T, channels, how.size, weights, activation, how.gate_first, how.centred, torch.get_num_threads(), how.eps, how.scale)
     c.weight, c.y, c.gate = None if single is None else single.data_ptr(), rows(y), rows(gate)
     return c, single

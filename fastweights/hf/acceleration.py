@@ -45,10 +45,12 @@ class Seam:
 
 _DELTA = ("query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
 _SSD = ("hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "initial_states", "dt_softplus", "dt_limit", "return_final_states")
-_GATED_NORMS = (  # before RMSNormGated
-    "Mamba", "Bamba", "GraniteMoeHybrid", "NemotronH", "Zamba2", "FalconH1", "Qwen3Next", "Qwen3_5", "Qwen3_5Moe", "Qwen4ExpText",
-    "OlmoHybrid", "LaraMini", "KimiLinear", "Glm5NextText", "BailingHybrid",
+_NORMED = (  # families whose norms are known, each a class of its own: what comes before RMSNorm and RMSNormGated
+    "Bamba", "GraniteMoeHybrid", "NemotronH", "Zamba2", "FalconH1", "OlmoHybrid", "LaraMini", "KimiLinear", "Glm5NextText", "BailingHybrid",
 )  # fmt: skip
+_FROM_ONE = ("Qwen3Next", "Qwen3_5", "Qwen3_5Moe")  # whose weights are what they differ from one by
+_GATED_NORMS = ("Mamba", *_NORMED, *_FROM_ONE, "Qwen4ExpText")
+_NORMS = dict.fromkeys(("Mamba2", *_NORMED, "MiniMax"), "hidden_states") | dict.fromkeys(_FROM_ONE, "x")
 _SSD_STEP = ("state", "hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus")
 SEAMS = (
     Seam("torch_chunk_gated_delta_rule", "chunk_gated_delta_rule", _DELTA, functions.gated_delta, functions.serves_delta),
@@ -71,6 +73,7 @@ SEAMS = (
         Seam(f"{name}RMSNormGated.forward", None, ("hidden_states", "gate"), functions.gated_norm, functions.serves_gated_norm)
         for name in _GATED_NORMS
     ),
+    *(Seam(f"{name}RMSNorm.forward", None, (x,), functions.norm, functions.serves_norm) for name, x in _NORMS.items()),
 )  # fmt: skip
 _BY_NAME = {seam.name: seam for seam in SEAMS}
 
@@ -198,7 +201,7 @@ class enable:
     ``enable()`` holds until ``disable()``, or for a block: ``with enable() as report: ...``. Models that are already loaded, and
     those that are loaded later, are the same to it. Gated delta (Qwen3-Next, Qwen3.5, OLMo-hybrid), KDA (Kimi-Linear,
     Bailing-hybrid), Mamba-2 with its relatives, mLSTM (xLSTM) and lightning attention (MiniMax) run forward, backward and token by
-    token, their short convolutions and gated norms too, and packed sequences work. ``report`` says what was exchanged, and what was
+    token, their short convolutions and norms too, and packed sequences work. ``report`` says what was exchanged, and what was
     refused and why.
 
     >>> from fastweights import hf

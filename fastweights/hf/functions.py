@@ -176,7 +176,7 @@ def lightning(
     return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * y), state
 
 
-# ---- the norm of what is read, and its gate --------------------------------------------------------------------------
+# ---- norms, and the gate of what is read ------------------------------------------------------------------------------
 
 _GATES = {"silu": "swish", "swish": "swish", "sigmoid": "sigmoid"}
 
@@ -195,6 +195,16 @@ def gated_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> 
         size, first = getattr(self, "group_size", channels), hasattr(self, "group_size")
     activation = _GATES[getattr(self, "activation", "silu")]
     return norm_and_gate(hidden_states, gate, self.weight, size=size, eps=self.variance_epsilon, activation=activation, gate_first=first)
+
+
+def serves_norm(self: Any, x: Tensor) -> bool:
+    return _is_float(x) and x.numel() > 0
+
+
+def norm(self: Any, x: Tensor) -> Tensor:
+    """weight * RMS norm, or (1 + weight) * RMS norm (Qwen3-Next, Qwen3.5)."""
+    weight, eps = (self.weight, self.variance_epsilon) if hasattr(self, "variance_epsilon") else (1 + self.weight.float(), self.eps)
+    return norm_and_gate(x, None, weight, size=x.shape[-1], eps=eps)
 
 
 # ---- the short convolution -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine.convolution import l2_normalised
+from ..engine.gated_norm import unit_length
 from ..engine.scan import scan
 from ..language.errors import SignalError
 from ..language.rule import Rule
@@ -113,7 +113,7 @@ class HybridAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the fast weights read for the new tokens, (B, T, H, V), and what they are after them."""
         S, T = self.window, reset.shape[1]
-        q = l2_normalised(F.silu(fresh["q"]))
+        q = unit_length(F.silu(fresh["q"]))
         if self.kind == "synchronous":
             return scan(self.rule, q=q, **self._written({n: z[:, S:] for n, z in every.items()}), state=W, reset=reset)
         if self.kind == "delayed_stream":
@@ -146,7 +146,7 @@ class HybridAttention(nn.Module):
 
     def _written(self, signals: Mapping[str, Tensor], counts: Tensor | None = None) -> dict[str, Tensor]:
         """What the fast weights are given of tokens; those that do not count change nothing."""
-        made = dict(signals) | {"k": l2_normalised(F.silu(signals["k"]))}
+        made = dict(signals) | {"k": unit_length(F.silu(signals["k"]))}
         if counts is None:
             return made
         return {n: torch.where(counts.view(*counts.shape, *(1,) * (z.ndim - 2)), z, torch.zeros_like(z)) for n, z in made.items()}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine.convolution import Part, l2_normalised, short_convolution
+from ..engine.convolution import Part, short_convolution
+from ..engine.gated_norm import unit_length
 from ..language.errors import SignalError
 from ..language.roles import Signal
 from ..language.rule import Rule
@@ -19,7 +20,7 @@ from .feature_maps import feature_map as make_map
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
-    "l2": l2_normalised,
+    "l2": unit_length,
     "sum": lambda x: x / (x.sum(-1, keepdim=True) + 1e-6),
 }
 

@@ -17,8 +17,22 @@ def test_short_convolution(B, T, C, width):
         y = run(*leaves[:3], after, leaves[3])
         results.append([y, *torch.autograd.grad((y * weight).sum(), leaves)])
     assert all((a - b).norm() <= 1e-6 * (b.norm() + 1) for a, b in zip(*results, strict=True))
-    across = x.mT.contiguous().mT
+    across, single = x.mT.contiguous().mT, [t.requires_grad_() for t in (x, w, before, bias)]
     assert torch.equal(short_convolution(across, w, before, after), short_convolution(x, w, before, after))
+    y = short_convolution(*single[:3], after, bias)
+    found = [torch.autograd.grad(y, single, g, retain_graph=True) for g in (weight, weight.mT.contiguous().mT)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_groups_longer_than_a_block_and_parts_of_odd_lengths():
+    parts, draw = (Part(600, True, 300), Part(5, True), Part(14, False, 7)), torch.Generator().manual_seed(0)
+    given = [torch.randn(*s, generator=draw) for s in ((1, 70, 619), (619, 4), (1, 3, 619), (619,), (1, 70, 619))]
+    results = []
+    for run, dtype in ((short_convolution, torch.float32), (_in_torch, torch.float64)):
+        *leaves, weight = (t.to(dtype).requires_grad_() for t in given)
+        y = run(*leaves[:3], parts, leaves[3])
+        results.append([y, *torch.autograd.grad((y * weight).sum(), leaves)])
+    assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(("T", "width"), [(5, 4), (0, 4), (5, 9), (5, 1)])

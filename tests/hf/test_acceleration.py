@@ -37,8 +37,8 @@ def close(a, b, bound=1e-5):
 @pytest.fixture(params=list(models.FAMILIES))
 def model(request):
     built = models.build(request.param)
-    # the scan, its step, the convolution, its step, the gated norm (which Falcon-H1 does without)
-    built.seams = {"xlstm": 1, "minimax": 1, "falcon_h1": 4}.get(request.param, 5)
+    # the norm, the scan, the convolution, the gated norm (which Falcon-H1 does without); the steps of the scan and the convolution
+    built.seams = {"xlstm": (1, 0), "minimax": (2, 0), "falcon_h1": (3, 2)}.get(request.param, (4, 2))
     return built
 
 
@@ -61,31 +61,30 @@ def test_logits_and_generation_are_the_same(model, monkeypatch):
     assert not seen
     with hf.enable() as report:
         close(logits(model), plain)
-        assert len(set(seen)) == (model.seams + 1) // 2
+        assert len(set(seen)) == model.seams[0]
         seen.clear()
         assert torch.equal(model.generate(IDS[:, :11], max_new_tokens=12, do_sample=False), written)
-        assert len(set(seen)) == model.seams
+        assert len(set(seen)) == sum(model.seams)
     assert report.exchanged
     assert torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("family", acceleration._GATED_NORMS)
-def test_gated_norms_are_the_same(family):
+@pytest.mark.parametrize("name", [n.removesuffix(".forward") for n in acceleration._BY_NAME if "RMSNorm" in n])
+def test_norms_are_the_same(name):
     files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
-    path = next((path for path in files if f"class {family}RMSNormGated(" in path.read_text()), None)
+    path = next((path for path in files if f"class {name}(" in path.read_text()), None)
     if path is None:
         pytest.skip("this version of transformers has no such layer")
-    module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
-    make = getattr(module, f"{family}RMSNormGated")
-    options = [{}, {"n_groups": 3}, {"norm_before_gate": False}] if family == "FalconH1" else [{}]
-    for more in [{"group_size": 8}] if "group_size" in inspect.signature(make).parameters else options:
+    make = getattr(importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}"), name)
+    variants = [{"n_groups": 3}, {"norm_before_gate": False}] if name == "FalconH1RMSNormGated" else [{}]
+    for more in [{"group_size": 8}] if "group_size" in inspect.signature(make).parameters else variants:
         norm = make(24, **more)
         draw = torch.Generator().manual_seed(0)
-        x, gate, weight, seen = (torch.randn(*s, generator=draw) for s in ((2, 5, 24), (2, 5, 24), (24,), (2, 5, 24)))
-        norm.weight.data = weight
+        norm.weight.data = torch.randn(24, generator=draw)
+        *given, seen = (torch.randn(2, 5, 24, generator=draw) for _ in range(3 if "Gated" in name else 2))
         both = []
         for fast in (False, True):
-            leaves = [x.clone().requires_grad_(), gate.clone().requires_grad_()]
+            leaves = [x.clone().requires_grad_() for x in given]
             with hf.enable() if fast else contextlib.nullcontext():
                 y = norm(*leaves)
             both.append([y, *torch.autograd.grad((y * seen).sum(), [*leaves, norm.weight])])

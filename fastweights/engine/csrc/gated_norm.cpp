@@ -2,7 +2,7 @@
 //
 //   u = y a, if the gate comes first, else y                   a = sigma(gate), or gate sigma(gate)
 //   n = (u - mean(u)) / sqrt(mean((u - mean(u))^2) + eps)      over groups of channels; the mean is left in unless centred; or n = u
-//   out = weight n, if the gate comes first, else weight n a   without a gate a = 1, without a weight weight = 1
+//   out = weight n, if the gate comes first, else weight n a   the weights times a number for all; without a gate a = 1
 //
 // Backward, with dn = weight dout (times a, if the gate comes last):  du = (dn - mean(dn) - n mean(n dn)) / sqrt(...), or dn;
 // dweight = sum over rows of n dout (a);  da = y du, or weight n dout;  dy = a du, or du. Nothing is saved: n is formed again from y.
@@ -21,7 +21,7 @@ struct GatedNorm {
     int64_t B, T, channels, size, weights;  // size: of a group that is normalised, or 0; weights: how many, before they repeat
     Activation activation;
     int64_t gate_first, centred, threads;
-    double epsilon;
+    double epsilon, scale;
     const float* weight;
     float* sums;             // [task][weights]
     Tensor y, gate, out;     // (B, T, 1, channels) with heads = 1
@@ -40,7 +40,6 @@ struct Line {
         for (float** p : {&y, &gate, &out, &u, &sigma, &dn, &dy, &dgate}) *p = memory.take(C);
     }
 
-    static bool in_place(const Tensor& t) { return t.channel == 1 && t.type == F32; }
     // the row where it lies, or a copy of it
     const float* from(const Tensor& t, int64_t b, int64_t r, float* copy) const {
         const int64_t of = t.offset(b, r, 0, 1);
@@ -57,7 +56,10 @@ struct Line {
 
     INLINE vec act(vec z, vec s) const { return c.activation == SWISH ? z * s : s; }
     INLINE vec slope(vec z, vec s) const { return c.activation == SWISH ? s * (1.0f + z * (1.0f - s)) : s * (1.0f - s); }
-    INLINE vec weight(int i, int n, int first) const { return c.weight ? some(c.weight + first % c.weights + i - first, n) : broadcast(1.0f); }
+    INLINE vec weight(int i, int n, int first) const {
+        const vec scale = broadcast(static_cast<float>(c.scale));
+        return c.weight ? some(c.weight + first % c.weights + i - first, n) * scale : scale;
+    }
 
     // What is taken away from u, and what it is multiplied by.
     void moments(const float* z, int first, int end, float& mean, float& by) const {
@@ -128,7 +130,7 @@ struct Line {
                 }
                 if (c.weight) {
                     float* sum = sums + first % c.weights + i - first;
-                    put_some(sum, some(sum, n) + d * normal, n);
+                    put_some(sum, some(sum, n) + d * normal * static_cast<float>(c.scale), n);
                 }
                 d *= w;
                 put_some(dn + i, d, n);

@@ -30,6 +30,9 @@ struct Ahead {
     }
 };
 
+// Whether rows can be read and written where they lie.
+INLINE bool in_place(const Tensor& t) { return t.channel == 1 && t.type == F32; }
+
 // Copies a row of a tensor, times a number, padded with zeros.
 SHARED void load_row(float* out, const Tensor& t, int64_t offset, int n, int padded, float scale) {
     const Type type = static_cast<Type>(t.type);

@@ -1,4 +1,7 @@
-"""What follows a read-out, or stands between two projections: norm, weight and gate in one pass over memory, forward and backward."""
+"""What follows a read-out, or stands between two projections: norm, weight and gate in one pass over memory, forward and backward.
+
+Also what is made of the same parts: keys of length one, the gated unit of an MLP, a share of the values.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,25 @@ class How(NamedTuple):
     scale: float = 1.0
 
 
+class Given(NamedTuple):
+    """What there is: y (..., C), a gate like it, a weight; and numbers a head that say how much of x is added to y first."""
+
+    y: Tensor
+    gate: Tensor | None = None
+    weight: Tensor | None = None
+    skip: Tensor | None = None
+    x: Tensor | None = None
+
+
 class _CGatedNorm(ctypes.Structure):
     _fields_ = [
-        *((n, ctypes.c_int64) for n in ("B", "T", "channels", "size", "weights", "activation", "gate_first", "centred", "threads")),
+        *(
+            (n, ctypes.c_int64)
+            for n in ("B", "T", "channels", "size", "weights", "skips", "activation", "gate_first", "centred", "threads")
+        ),
         *((n, ctypes.c_double) for n in ("epsilon", "scale")),
-        *((n, ctypes.c_void_p) for n in ("weight", "sums")),
-        *((n, CTensor) for n in ("y", "gate", "out", "dy", "dgate")),
+        *((n, ctypes.c_void_p) for n in ("weight", "skip", "sums")),
+        *((n, CTensor) for n in ("y", "gate", "x", "out", "dy", "dgate", "dx")),
     ]
 
 
@@ -69,7 +85,7 @@ def gated_norm(
         raise SignalError(f"weight is {tuple(weight.shape)}, expected {expected}")
     if gate is None and weight is None and not size:
         return y
-    return _run(y, gate, weight, How(size, eps, "" if gate is None else activation, gate_first and gate is not None, centred))
+    return _run(Given(y, gate, weight), How(size, eps, "" if gate is None else activation, gate_first and gate is not None, centred))
 
 
 def gated_unit(x: Tensor) -> Tensor:
@@ -80,7 +96,7 @@ def gated_unit(x: Tensor) -> Tensor:
     """
     if x.shape[-1] % 2:
         raise SignalError(f"x is {tuple(x.shape)}, expected an even number of channels: those of the gate, then as many others")
-    return _run(x, None, None, How(activation="swish", halves=True))
+    return _run(Given(x), How(activation="swish", halves=True))
 
 
 def unit_length(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -90,32 +106,47 @@ def unit_length(x: Tensor, scale: float = 1.0) -> Tensor:
     tensor([[0.6000, 0.8000]])
     """
     size = x.shape[-1]
-    return _run(x, None, None, How(size, UNIT_EPSILON / size, scale=scale * size**-0.5)) if size else x
+    return _run(Given(x), How(size, UNIT_EPSILON / size, scale=scale * size**-0.5)) if size else x
 
 
-def _run(y: Tensor, gate: Tensor | None, weight: Tensor | None, how: How) -> Tensor:
-    given = [t for t in (y, gate, weight) if t is not None]
-    if torch.compiler.is_compiling() or traced(given) or not _compiled(given) or library().lib is None or not y.numel():
-        return _in_torch(y, gate, weight, how)
-    z, g = _three(y), None if gate is None else _three(gate)
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    out = _GatedNorm.apply(z, g, weight, how) if wanted else _forward(z, g, weight, how)
+def with_share(y: Tensor, skip: Tensor, x: Tensor) -> Tensor:
+    """y + skip x, with a number a head: y and x (B, T, H, D), skip (H,).
+
+    >>> with_share(torch.zeros(1, 1, 2, 1), torch.tensor([1.0, 2.0]), torch.ones(1, 1, 2, 1)).flatten()
+    tensor([1., 2.])
+    """
+    if y.shape != x.shape or skip.shape != y.shape[2:3]:
+        raise SignalError(f"y is {tuple(y.shape)}, skip {tuple(skip.shape)}, x {tuple(x.shape)}, expected y and x (B, T, H, D), skip (H,)")
+    return _run(Given(y.flatten(2), skip=skip, x=x.flatten(2)), How()).view_as(y)
+
+
+def _run(given: Given, how: How) -> Tensor:
+    y, tensors = given.y, [t for t in given if t is not None]
+    if torch.compiler.is_compiling() or traced(tensors) or not _compiled(tensors) or library().lib is None or not y.numel():
+        return _in_torch(given, how)
+    if y.ndim != 3:
+        given = given._replace(y=_three(y), gate=None if given.gate is None else _three(given.gate))
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    out = _GatedNorm.apply(how, *given) if wanted else _forward(given, how)
     return out if y.ndim == 3 else out.view(*y.shape[:-1], -1)  # pyright: ignore[reportOptionalMemberAccess, reportReturnType]
 
 
 def _three(x: Tensor) -> Tensor:
     """(..., C) as (B, T, C)."""
-    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
+    return x.reshape(1, -1, x.shape[-1]) if x.ndim < 3 else x.flatten(0, -3)
 
 
-def _compiled(given: list[Tensor]) -> bool:
-    return all(t.device.type == "cpu" and t.dtype in TYPES for t in given)
+def _compiled(tensors: list[Tensor]) -> bool:
+    return all(t.device.type == "cpu" and t.dtype in TYPES for t in tensors)
 
 
-def _in_torch(y: Tensor, gate: Tensor | None, weight: Tensor | None, how: How) -> Tensor:
+def _in_torch(given: Given, how: How) -> Tensor:
+    y, gate, weight, skip, x = given
     gate, y = y.chunk(2, -1) if how.halves else (gate, y)
     single = torch.promote_types(y.dtype, torch.float32)
     u = y.to(single)
+    if skip is not None and x is not None:
+        u = u + (skip.to(single).unsqueeze(-1) * x.to(single).unflatten(-1, (len(skip), -1))).flatten(-2)
     a = None if gate is None else ACTIVATIONS[how.activation](gate.to(single))
     u = u * a if a is not None and how.gate_first else u
     if how.size:
@@ -128,55 +159,61 @@ def _in_torch(y: Tensor, gate: Tensor | None, weight: Tensor | None, how: How) -
     return (u * a if a is not None and not how.gate_first else u).to(y.dtype)
 
 
-def _forward(y: Tensor, gate: Tensor | None, weight: Tensor | None, how: How) -> Tensor:
-    c, _single = _problem(y, gate, weight, how)
-    out = empty((c.B, c.T, c.channels), y.dtype)
+class _GatedNorm(torch.autograd.Function):
+    """The kernels; for derivatives of gradients, and for whoever watches the backward pass, the same in torch."""
+
+    @staticmethod
+    def forward(ctx: Any, how: How, *given: Tensor | None) -> Tensor:
+        ctx.how = how
+        ctx.save_for_backward(*given)
+        return _forward(Given(*given), how)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        given = Given(*ctx.saved_tensors)
+        watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or traced([grad])
+        return None, *(_gradients_in_torch if watched else _gradients)(grad, given, ctx.how)
+
+
+def _forward(given: Given, how: How) -> Tensor:
+    c, _single = _problem(given, how)
+    out = empty((c.B, c.T, c.channels), given.y.dtype)
     c.out = rows(out)
     opened().fastweights_gated_norm(ctypes.byref(c))
     return out
 
 
-class _GatedNorm(torch.autograd.Function):
-    """The kernels; for derivatives of gradients, and for whoever watches the backward pass, the same in torch."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, gate: Tensor | None, weight: Tensor | None, how: How) -> Tensor:
-        ctx.how = how
-        ctx.save_for_backward(y, gate, weight)
-        return _forward(y, gate, weight, how)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, gate, weight = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or traced([grad]):
-            return *_gradients_in_torch(grad, (y, gate, weight), ctx.how), None
-        c, _single = _problem(y, gate, weight, ctx.how)
-        dy = empty(y.shape, y.dtype)
-        dgate = None if gate is None else empty(gate.shape, gate.dtype)
-        c.out, c.dy, c.dgate = rows(grad), rows(dy), rows(dgate)
-        if ctx.how.halves:
-            c.dgate, c.dy = (rows(half) for half in dy.chunk(2, -1))
-        lib = opened()
-        sums = torch.empty(-(-c.B * c.T // lib.fastweights_gated_norm_rows()), c.weights, dtype=torch.float32, device="cpu")
-        c.sums = sums.data_ptr()
-        lib.fastweights_gated_norm_backward(ctypes.byref(c))
-        return dy, dgate, None if weight is None else sums.sum(0).to(weight.dtype), None
+def _gradients(grad: Tensor, given: Given, how: How) -> tuple[Tensor | None, ...]:
+    c, _single = _problem(given, how)
+    dy, dgate, dx = (None if t is None else empty(t.shape, t.dtype) for t in (given.y, given.gate, given.x))
+    assert dy is not None
+    c.out, c.dy, c.dgate, c.dx = rows(grad), rows(dy), rows(dgate), rows(dx)
+    if how.halves:
+        c.dgate, c.dy = (rows(half) for half in dy.chunk(2, -1))
+    lib = opened()
+    sums = torch.empty(-(-c.B * c.T // lib.fastweights_gated_norm_rows()), c.weights + c.skips, dtype=torch.float32, device="cpu")
+    c.sums = sums.data_ptr()
+    lib.fastweights_gated_norm_backward(ctypes.byref(c))
+    total = sums.sum(0).split([c.weights, c.skips])
+    dweight, dskip = (None if t is None else s.to(t.dtype) for t, s in zip((given.weight, given.skip), total, strict=True))
+    return dy, dgate, dweight, dskip, dx
 
 
-def _gradients_in_torch(grad: Tensor, inputs: tuple[Tensor | None, ...], how: How) -> list[Tensor | None]:
+def _gradients_in_torch(grad: Tensor, given: Given, how: How) -> list[Tensor | None]:
     with torch.enable_grad():
-        again = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        out = _in_torch(*again, how)  # type: ignore[arg-type]
+        again = Given(*(t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given))  # type: ignore[arg-type]
+        out = _in_torch(again, how)
     found = iter(torch.autograd.grad(out, [t for t in again if t is not None], grad, create_graph=torch.is_grad_enabled()))
-    return [None if t is None else next(found) for t in inputs]
+    return [None if t is None else next(found) for t in given]
 
 
-def _problem(y: Tensor, gate: Tensor | None, weight: Tensor | None, how: How) -> tuple[_CGatedNorm, Tensor | None]:
+def _problem(given: Given, how: How) -> tuple[_CGatedNorm, list[Tensor | None]]:
+    y, gate, _, _, x = given
     gate, y = y.chunk(2, -1) if how.halves else (gate, y)
-    B, T, channels = y.shape
-    single = None if weight is None else weight.detach().float().contiguous()  # which must live as long as the call
-    weights = 0 if single is None else len(single)
-    activation = ("", *ACTIVATIONS).index(how.activation)
-    c = _CGatedNorm(B, T, channels, how.size, weights, activation, how.gate_first, how.centred, torch.get_num_threads(), how.eps, how.scale)
-    c.weight, c.y, c.gate = None if single is None else single.data_ptr(), rows(y), rows(gate)
+    single = [None if t is None else t.detach().float().contiguous() for t in given[2:4]]  # which must live as long as the call
+    weight, skip = ((0, None) if t is None else (len(t), t.data_ptr()) for t in single)
+    act = ("", *ACTIVATIONS).index(how.activation)
+    sizes = (*y.shape, how.size, weight[0], skip[0], act, how.gate_first, how.centred, torch.get_num_threads(), how.eps, how.scale)
+    c = _CGatedNorm(*sizes, weight[1], skip[1])
+    c.y, c.gate, c.x = rows(y), rows(gate), rows(x)
     return c, single

@@ -15,6 +15,7 @@ from .. import rules as R
 from ..compat.sequences import run
 from ..engine.convolution import Part, short_convolution
 from ..engine.gated_norm import gated_norm as norm_and_gate
+from ..engine.gated_norm import with_share
 from ..engine.scan import scan
 from ..engine.step import step
 from ..rules.hebb import mlstm as mlstm_rule
@@ -99,7 +100,7 @@ def ssd(
     state = None if initial_states is None else initial_states.float()
     y, W = scan(R.stepped_hebb, state=state, reset=reset, q=query, k=key, v=x, dt=dt, g=dt * A.float())
     if D is not None:
-        y = y + D.float()[:, None] * x
+        y = with_share(y, D.float(), x)
     return (y, W) if return_final_states else y
 
 

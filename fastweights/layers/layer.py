@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..engine.gated_norm import ACTIVATIONS, gated_norm
+from ..engine.gated_norm import ACTIVATIONS, gated_norm, with_share
 from ..engine.scan import scan
 from ..language.errors import SignalError, SignalTypeError
 from ..language.rule import Rule
@@ -116,7 +116,7 @@ class FastWeightLayer(nn.Module):
         if conv is not None:
             new["conv"] = conv
         if self.skip is not None:
-            y = y + self.skip.to(y.dtype).unsqueeze(-1) * signals["v"]
+            y = with_share(y, self.skip, signals["v"])
         return self.out(self._finish(x, y.flatten(2).to(x.dtype))), new
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:

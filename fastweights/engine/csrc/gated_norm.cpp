@@ -1,11 +1,12 @@
-// What follows a read-out, or stands between two projections, a row of channels at a time: a norm, a weight, a gate.
+// What follows a read-out, or stands between two projections, a row of channels at a time: a share of the values, a norm, a weight, a gate.
 //
+//   y = read + skip x, with a number skip a head               only where there is such a share
 //   u = y a, if the gate comes first, else y                   a = sigma(gate), or gate sigma(gate)
 //   n = (u - mean(u)) / sqrt(mean((u - mean(u))^2) + eps)      over groups of channels; the mean is left in unless centred; or n = u
 //   out = weight n, if the gate comes first, else weight n a   the weights times a number for all; without a gate a = 1
 //
 // Backward, with dn = weight dout (times a, if the gate comes last):  du = (dn - mean(dn) - n mean(n dn)) / sqrt(...), or dn;
-// dweight = sum over rows of n dout (a);  da = y du, or weight n dout;  dy = a du, or du. Nothing is saved: n is formed again from y.
+// dweight = sum over rows of n dout (a);  da = y du, or weight n dout;  dy = a du, or du;  dx = skip dy,  dskip = sum of x dy. Nothing is saved: n is formed again.
 // Runs of rows are tasks of their own, each with its own sums for the weight, which are added up in order.
 #include <algorithm>
 
@@ -18,26 +19,27 @@ constexpr int ROWS = 64;  // a task
 enum Activation : int64_t { NO_GATE = 0, SIGMOID = 1, SWISH = 2 };
 
 struct GatedNorm {
-    int64_t B, T, channels, size, weights;  // size: of a group that is normalised, or 0; weights: how many, before they repeat
+    int64_t B, T, channels, size;  // size: of a group that is normalised, or 0
+    int64_t weights, skips;        // how many there are: weights repeat, skips are each for as many channels; 0 if there are none
     Activation activation;
     int64_t gate_first, centred, threads;
     double epsilon, scale;
-    const float* weight;
-    float* sums;             // [task][weights]
-    Tensor y, gate, out;     // (B, T, 1, channels) with heads = 1
-    Tensor dy, dgate;        // backward pass: out holds the gradient of out
+    const float *weight, *skip;
+    float* sums;             // [task][weights, then skips]
+    Tensor y, gate, x, out;  // (B, T, 1, channels) with heads = 1
+    Tensor dy, dgate, dx;    // backward pass: out holds the gradient of out
 };
 
 struct Line {
     const GatedNorm& c;
     const int C, group;
-    float *y, *gate, *out, *u, *sigma, *dn, *dy, *dgate;
+    float *y, *gate, *x, *out, *u, *sigma, *dn, *dy, *dgate, *dx;
 
-    static int64_t size(const GatedNorm& c) { return 8 * round_up(c.channels, 16) + 64; }
+    static int64_t size(const GatedNorm& c) { return 10 * round_up(c.channels, 16) + 64; }
 
     Line(const GatedNorm& norm, Scratch& memory)
         : c(norm), C(static_cast<int>(norm.channels)), group(norm.size ? static_cast<int>(norm.size) : C) {
-        for (float** p : {&y, &gate, &out, &u, &sigma, &dn, &dy, &dgate}) *p = memory.take(C);
+        for (float** p : {&y, &gate, &x, &out, &u, &sigma, &dn, &dy, &dgate, &dx}) *p = memory.take(C);
     }
 
     // the row where it lies, or a copy of it
@@ -78,8 +80,19 @@ struct Line {
         by = 1.0f / std::sqrt(total(squares) / group + static_cast<float>(c.epsilon));
     }
 
+    // y, with its share of x
+    const float* given(int64_t b, int64_t r, const float*& x_row) const {
+        const float* y_row = from(c.y, b, r, y);
+        if (!c.skips) return y_row;
+        x_row = from(c.x, b, r, x);
+        const int head = C / static_cast<int>(c.skips);
+        for (int h = 0; h < static_cast<int>(c.skips); h++)
+            vectors(h * head, (h + 1) * head, [&](int i, int n) { put_some(y + i, some(y_row + i, n) + c.skip[h] * some(x_row + i, n), n); });
+        return y;
+    }
+
     void forward(int64_t b, int64_t r) const {
-        const float *y_row = from(c.y, b, r, y), *gate_row = c.activation ? from(c.gate, b, r, gate) : nullptr;
+        const float *x_row = nullptr, *y_row = given(b, r, x_row), *gate_row = c.activation ? from(c.gate, b, r, gate) : nullptr;
         float* to_row = to(c.out, b, r, out);
         for (int first = 0; first < C; first += group) {
             const int end = first + group;
@@ -106,7 +119,7 @@ struct Line {
     }
 
     void backward(int64_t b, int64_t r, float* sums) const {
-        const float *y_row = from(c.y, b, r, y), *gate_row = c.activation ? from(c.gate, b, r, gate) : nullptr, *dout = from(c.out, b, r, out);
+        const float *x_row = nullptr, *y_row = given(b, r, x_row), *gate_row = c.activation ? from(c.gate, b, r, gate) : nullptr, *dout = from(c.out, b, r, out);
         float *dy_row = to(c.dy, b, r, dy), *dgate_row = c.activation ? to(c.dgate, b, r, dgate) : nullptr;
         for (int first = 0; first < C; first += group) {
             const int end = first + group;
@@ -149,6 +162,22 @@ struct Line {
         }
         put(c.dy, b, r, dy_row);
         if (c.activation) put(c.dgate, b, r, dgate_row);
+        if (c.skips) share(b, r, x_row, dy_row, sums + c.weights);
+    }
+
+    void share(int64_t b, int64_t r, const float* x_row, const float* dy_row, float* sums) const {
+        float* dx_row = to(c.dx, b, r, dx);
+        const int head = C / static_cast<int>(c.skips);
+        for (int h = 0; h < static_cast<int>(c.skips); h++) {
+            vec sum = {};
+            vectors(h * head, (h + 1) * head, [&](int i, int n) {
+                const vec d = some(dy_row + i, n);
+                sum += d * some(x_row + i, n);
+                put_some(dx_row + i, c.skip[h] * d, n);
+            });
+            sums[h] += total(sum);
+        }
+        put(c.dx, b, r, dx_row);
     }
 };
 
@@ -164,8 +193,8 @@ static void run(GatedNorm* c, bool backward) {
             const GatedNorm& c = task.c;
             Scratch memory{scratch(Line::size(c))};
             const Line line(c, memory);
-            float* sums = c.sums + i * c.weights;
-            if (task.backward) std::memset(sums, 0, sizeof(float) * c.weights);
+            float* sums = c.sums + i * (c.weights + c.skips);
+            if (task.backward) std::memset(sums, 0, sizeof(float) * (c.weights + c.skips));
             for (int64_t r = i * ROWS; r < std::min((i + 1) * ROWS, c.B * c.T); r++)
                 if (task.backward) line.backward(r / c.T, r % c.T, sums);
                 else line.forward(r / c.T, r % c.T);

@@ -44,7 +44,8 @@ sanitize: $(STAMP)
 	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTWEIGHTS_ISAS=native -DFASTWEIGHTS_SANITIZE=ON
 	cmake --build build/sanitize --parallel 2
 	FASTWEIGHTS_KERNELS=build/sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
-		$(BIN)/python -m pytest -p no:cacheprovider tests/engine/test_kernels.py tests/engine/test_prepared.py tests/engine/test_long_tensors.py -m 'not slow'
+		$(BIN)/python -m pytest -p no:cacheprovider tests/engine/test_kernels.py tests/engine/test_prepared.py tests/engine/test_long_tensors.py \
+		tests/engine/test_convolution.py tests/engine/test_gated_norm.py -m 'not slow'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..language.errors import SignalError
 from .capture import capturing, whole
 from .gated_norm import unit_length
 from .kernels import TYPES, CTensor, array, library, opened, rows
@@ -59,6 +60,13 @@ def short_convolution(x: Tensor, weight: Tensor, before: Tensor, parts: tuple[Pa
     >>> short_convolution(x, torch.ones(2, 2), torch.zeros(1, 1, 2))[0, :, 0].tolist()
     [1.0, 2.0, 2.0]
     """
+    B, _, channels = x.shape
+    if sum(p.channels for p in parts or [Part(channels)]) != channels or any(p.group and p.channels % p.group for p in parts):
+        raise SignalError(f"parts is {parts}, expected parts of {channels} channels together, each of whole groups")
+    if weight.shape[0] != channels or before.shape != (B, weight.shape[1] - 1, channels):
+        raise SignalError(
+            f"weight is {tuple(weight.shape)} and before {tuple(before.shape)}, expected ({channels}, width) and (B, width - 1, {channels})"
+        )
     spec = [n for part in parts or (Part(x.shape[-1]),) for n in (part.channels, int(part.silu), part.group)]
     capturing()  # a graph learns of the next line
     return _convolution(x, weight, before, bias, spec)
@@ -69,9 +77,11 @@ def _convolution(x: Tensor, weight: Tensor, before: Tensor, bias: Tensor | None,
     compiled = x.device.type == "cpu" and x.dtype in TYPES and weight.shape[1] in WIDTHS and library().lib is not None
     if compiled and not transformed() and x.shape[1]:
         given = (x, weight, before.to(x.dtype), bias)
-        if traced([t for t in given if t is not None]):
+        tensors = [t for t in given if t is not None]
+        if traced(tensors):
             return torch.ops.fastweights.convolve(*given, spec)
-        return _Convolution.apply(*given, spec)  # pyright: ignore[reportReturnType]
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return _Convolution.apply(*given, spec) if wanted else _convolve(*given, spec)  # pyright: ignore[reportReturnType]
     parts = tuple(Part(n, bool(silu), group) for n, silu, group in zip(*(spec[i::3] for i in range(3)), strict=True))
     return _in_torch(x, weight, before, parts, bias)
 

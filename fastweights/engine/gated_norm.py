@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..language.errors import SignalError
+from ..language.errors import SignalError, SignalTypeError
 from .kernels import TYPES, CTensor, library, opened, rows
 from .memory import empty
 from .watched import traced
@@ -22,19 +22,20 @@ ACTIVATIONS = {"sigmoid": torch.sigmoid, "swish": F.silu}
 
 
 class How(NamedTuple):
-    """Groups of how many channels are normalised (0: none), and with what eps; how the gate acts; whether it comes before the norm."""
+    """Groups of how many channels are normalised (0: none), and with what eps; how the gate acts, and whether it comes before the norm;
+    whether the mean of a group is taken away; whether the first half of the channels is the gate of the others; a factor."""
 
     size: int = 0
     eps: float = 0.0
     activation: str = ""
     gate_first: bool = False
     centred: bool = False
-    halves: bool = False  # the first half of the channels is the gate of the others
+    halves: bool = False
     scale: float = 1.0
 
 
 class Given(NamedTuple):
-    """What there is: y (..., C), a gate like it, a weight; and numbers a head that say how much of x is added to y first."""
+    """What there is: y (..., C) or, with its gate in it, (..., 2 C); a gate like y, a weight; how much of x a head adds to y first."""
 
     y: Tensor
     gate: Tensor | None = None
@@ -65,22 +66,22 @@ def gated_norm(
         y: (..., C), which is normalised in groups of ``size`` channels: y / sqrt(mean(y^2) + eps); not at all if 0.
         gate: (..., C), through the ``activation``: a(z) = sigmoid(z), or swish z sigmoid(z).
         weight: (C,), or as many numbers as a group has, for all groups alike.
-        centred: the mean of a group is taken away first.
+        centred: the mean of a group is taken away first: (y - mean(y)) / sqrt(mean((y - mean(y))^2) + eps).
 
-    Computed in float32 or more, returned in the type of y. Runs on the compiled kernels where they are (float32 and 16 bits on a CPU),
-    else in torch.
+    Computed in float32, or in the type of y if that is wider; returned in the type of y. Runs on the compiled kernels where they are
+    (float32 and 16 bits on a CPU), else in torch.
 
     >>> gated_norm(torch.ones(1, 4), torch.zeros(1, 4), size=2, activation="sigmoid")
     tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
-    channels = y.shape[-1]
+    channels = y.shape[-1] if y.ndim else 0
     if activation not in ACTIVATIONS:
         raise SignalError(f"activation is {activation!r}; known: {', '.join(ACTIVATIONS)}")
     if gate is not None and gate.shape != y.shape:
         raise SignalError(f"gate is {tuple(gate.shape)}, expected the shape of y, {tuple(y.shape)}")
     if size < 0 or (size and channels % size):
         raise SignalError(f"size is {size}, expected a divisor of the {channels} channels of y, or 0 for no norm")
-    if weight is not None and weight.shape not in ((channels,), (size,)):
+    if weight is not None and weight.shape not in ((channels,), (size or channels,)):
         expected = f"a number for each of the {channels} channels of y{f' or the {size} of a group' if size else ''}"
         raise SignalError(f"weight is {tuple(weight.shape)}, expected {expected}")
     if gate is None and weight is None and not size:
@@ -122,6 +123,8 @@ def with_share(y: Tensor, skip: Tensor, x: Tensor) -> Tensor:
 
 def _run(given: Given, how: How) -> Tensor:
     y, tensors = given.y, [t for t in given if t is not None]
+    if not y.ndim or not y.is_floating_point():
+        raise SignalTypeError(f"y is {y.dtype} of shape {tuple(y.shape)}, expected floating-point numbers (..., C)")
     if torch.compiler.is_compiling() or traced(tensors) or not _compiled(tensors) or library().lib is None or not y.numel():
         return _in_torch(given, how)
     if y.ndim != 3:
@@ -200,8 +203,11 @@ def _gradients(grad: Tensor, given: Given, how: How) -> tuple[Tensor | None, ...
 
 
 def _gradients_in_torch(grad: Tensor, given: Given, how: How) -> list[Tensor | None]:
+    def apart(t: Tensor) -> Tensor:  # so that nothing before it is walked, or hears of it, twice
+        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
     with torch.enable_grad():
-        again = Given(*(t if t is None or t.requires_grad else t.detach().requires_grad_() for t in given))  # type: ignore[arg-type]
+        again = Given(*(None if t is None else apart(t) for t in given))  # type: ignore[arg-type]
         out = _in_torch(again, how)
     found = iter(torch.autograd.grad(out, [t for t in again if t is not None], grad, create_graph=torch.is_grad_enabled()))
     return [None if t is None else next(found) for t in given]

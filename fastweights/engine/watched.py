@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 modes, _level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level  # pyright: ignore[reportAttributeAccessIssue]
+_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]  # of is_grads_batched
 _tracing = torch._C._get_tracing_state  # of torch.jit
 
 
@@ -31,7 +32,9 @@ def recorded() -> bool:
 
 def traced(tensors: Iterable[Tensor]) -> bool:
     """Whether someone records what runs, who must see one operator; or a tensor is not what lies at its address."""
-    return recorded() or any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() or t._is_zerotensor() for t in tensors)
+    return recorded() or any(
+        type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() or t._is_zerotensor() or _batched(t) for t in tensors
+    )
 
 
 def may_look(x: Tensor) -> bool:

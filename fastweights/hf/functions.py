@@ -184,7 +184,7 @@ _GATES = {"silu": "swish", "swish": "swish", "sigmoid": "sigmoid"}
 
 def serves_gated_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> bool:
     like = gate is None or gate.shape == hidden_states.shape
-    return like and getattr(self, "activation", "silu") in _GATES and _is_float(hidden_states, gate) and hidden_states.numel() > 0
+    return like and getattr(self, "activation", "silu") in _GATES and _is_float(gate) and serves_norm(self, hidden_states)
 
 
 def gated_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -199,7 +199,8 @@ def gated_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> 
 
 
 def serves_norm(self: Any, x: Tensor) -> bool:
-    return _is_float(x) and x.numel() > 0
+    """What it gives has the type of x; theirs may have that of the weight."""
+    return _is_float(x) and x.numel() > 0 and torch.promote_types(self.weight.dtype, x.dtype) == x.dtype
 
 
 def norm(self: Any, x: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class FastWeightLayer(nn.Module):
         if conv is not None:
             new["conv"] = conv
         if self.skip is not None:
-            y = with_share(y, self.skip, signals["v"])
+            y = with_share(y, self.skip, signals["v"].expand_as(y))
         return self.out(self._finish(x, y.flatten(2).to(x.dtype))), new
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.gated_norm import gated_norm
+from ..language.errors import SignalError
 
 
 class RMSNorm(nn.RMSNorm):
@@ -25,6 +26,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(channels, eps)
 
     def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "swish", gate_first: bool = False) -> Tensor:
+        if not x.ndim or x.shape[-1] % len(self.weight):
+            raise SignalError(f"x is {tuple(x.shape)}, expected (..., {len(self.weight)}) or a multiple of {len(self.weight)} channels")
         how = {"size": len(self.weight), "eps": self.eps, "activation": activation}
         return gated_norm(x, gate, self.weight, gate_first=gate_first, **how)  # type: ignore[arg-type]
 
@@ -40,11 +43,15 @@ class GroupedNorm(nn.Module):
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, *, centred: bool = False, bias: bool = False) -> None:
         super().__init__()
+        if groups < 1 or channels % groups:
+            raise SignalError(f"groups is {groups}, expected a divisor of the {channels} channels")
         self.groups, self.eps, self.centred = groups, eps, centred
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(self, x: Tensor, gate: Tensor | None = None, activation: str = "swish", gate_first: bool = False) -> Tensor:
+        if not x.ndim or x.shape[-1] != len(self.weight):
+            raise SignalError(f"x is {tuple(x.shape)}, expected (..., {len(self.weight)})")
         size = x.shape[-1] // self.groups
         now, after = (gate, None) if gate_first or self.bias is None else (None, gate)
         y = gated_norm(x, now, self.weight, size=size, eps=self.eps, activation=activation, gate_first=gate_first, centred=self.centred)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastweights.engine.convolution import Part, _in_torch, short_convolution
+from fastweights.language.errors import SignalError
 
 
 @pytest.mark.parametrize(("B", "T", "C", "width"), [(2, 130, 48, 4), (1, 5, 7, 2), (3, 64, 40, 8), (2, 1, 33, 3)])
@@ -52,3 +53,15 @@ def test_default_types_and_devices_are_not_its_own():
     with torch.device("meta"):
         again = torch.autograd.grad(short_convolution(x, weight, before).sum(), (x, weight))
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(want, found, again, strict=True))
+
+
+def test_what_does_not_fit_is_refused():
+    x, weight, before = torch.zeros(2, 9, 6), torch.zeros(6, 3), torch.zeros(2, 2, 6)
+    with pytest.raises(SignalError, match="expected parts of 6 channels together"):
+        short_convolution(x, weight, before, (Part(5),))
+    with pytest.raises(SignalError, match="each of whole groups"):
+        short_convolution(x, weight, before, (Part(6, True, 4),))
+    with pytest.raises(SignalError, match=r"weight is \(5, 3\) and before \(2, 2, 6\), expected \(6, width\)"):
+        short_convolution(x, torch.zeros(5, 3), before)
+    with pytest.raises(SignalError, match=r"before \(2, 1, 6\), expected"):
+        short_convolution(x, weight, before[:, 1:])

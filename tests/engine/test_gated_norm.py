@@ -1,14 +1,18 @@
 """Norm, weight and gate in one pass are what their equations say, in every form, gradients included."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastweights.engine.gated_norm import gated_norm, gated_unit, unit_length, with_share
 from fastweights.engine.kernels import library
-from fastweights.language.errors import SignalError
+from fastweights.language.errors import SignalError, SignalTypeError
+from fastweights.layers.norms import GroupedNorm, RMSNorm
 
 RNG = torch.Generator()
 
@@ -107,6 +111,50 @@ def test_derivatives_of_gradients(case):
         assert a is None or (a - b).norm() <= 1e-5 * b.norm()
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_gradients_in_torch_walk_nothing_twice(watched):
+    """A gate that is made of y, and hooks: derivatives of gradients, and whoever sees the backward pass, take another way."""
+
+    def found(norm, create_graph):
+        x, weight, calls = *(t.requires_grad_() for t in (draw(2, 3, 6), draw(6, seed=1))), []
+        y = x * 1
+        y.retain_grad()
+        weight.register_hook(lambda g: calls.append(1) or g * 0.5)
+        norm(y, 2 * y, weight).square().sum().backward(create_graph=create_graph)
+        assert len(calls) == 1
+        return [x.grad.detach(), y.grad.detach(), weight.grad.detach()]
+
+    def in_torch(y, gate, weight):
+        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * weight * torch.nn.functional.silu(gate)
+
+    with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+        ours = found(lambda *given: gated_norm(*given, size=6), not watched)
+    assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(ours, found(in_torch, False), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_come_in_batches(case):
+    ls = leaves()
+    out = CASES[case](*ls)
+    seen = draw(3, *out.shape, seed=7)
+    used = [
+        t for t, g in zip(ls, torch.autograd.grad(out, ls, seen[0], retain_graph=True, allow_unused=True), strict=True) if g is not None
+    ]
+    whole = torch.autograd.grad(out, used, seen, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(out, used, s, retain_graph=True) for s in seen]
+    assert all(torch.allclose(a, torch.stack(b), atol=1e-5) for a, b in zip(whole, zip(*single, strict=True), strict=True))
+
+
+def test_what_is_not_finite_stays_where_it_is():
+    up, gate = draw(1, 2, 6), draw(1, 2, 6, seed=1)
+    up[0, 0, 2] = float("inf")
+    both = []
+    for run in (gated_unit, lambda x: torch.nn.functional.silu(x[..., :6]) * x[..., 6:]):
+        x = torch.cat([gate, up], -1).requires_grad_()
+        both.append(torch.autograd.grad(run(x).sum(), x)[0])
+    assert torch.allclose(*both, equal_nan=True)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_transforms_and_graphs_see_torch(case):
     run, (y, gate, weight) = CASES[case], [t.detach() for t in leaves()]
@@ -179,9 +227,14 @@ def test_errors_say_what_is_wrong():
         lambda: gated_norm(y, torch.ones(1, 2, 5)): "gate is .1, 2, 5., expected the shape of y",
         lambda: gated_norm(y, size=4): "size is 4, expected a divisor of the 6 channels",
         lambda: gated_norm(y, weight=torch.ones(2), size=3): "weight is .2,., expected a number for each of the 6 channels of y or the 3",
+        lambda: gated_norm(y, weight=torch.ones(0)): "weight is .0,., expected a number for each of the 6 channels of y$",
+        lambda: unit_length(torch.arange(3)): "y is torch.int64 of shape .3,., expected floating-point",
+        lambda: RMSNorm(5)(y): "x is .1, 2, 6., expected .*5. or a multiple of 5 channels",
+        lambda: GroupedNorm(4, 6): "groups is 4, expected a divisor of the 6 channels",
+        lambda: GroupedNorm(2, 6)(torch.ones(1, 12)): "x is .1, 12., expected .*6.",
         lambda: gated_norm(y, y, activation="gelu"): "activation is 'gelu'; known: sigmoid, swish",
         lambda: gated_unit(torch.ones(1, 3)): "x is .1, 3., expected an even number of channels",
         lambda: with_share(torch.ones(1, 1, 2, 3), torch.ones(3), torch.ones(1, 1, 2, 3)): "skip .3,., .* expected",
     }.items():
-        with pytest.raises(SignalError, match=words):
+        with pytest.raises((SignalError, SignalTypeError), match=words):
             call()

@@ -92,6 +92,17 @@ def test_norms_are_the_same(name):
         assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(*both, strict=True))
 
 
+@pytest.mark.parametrize("types", [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+def test_types_are_those_of_transformers(types):
+    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+    weight, x = (getattr(torch, t) for t in types)
+    norm, x = MambaRMSNormGated(24, 8).to(weight), torch.randn(2, 5, 24).to(x)
+    with hf.enable():
+        fast = norm(x, x)
+    assert fast.dtype == norm(x, x).dtype
+
+
 def test_gradients_are_the_same(model):
     grads = []
     for fast in (False, True):

@@ -13,7 +13,7 @@
 
 namespace fw {
 
-constexpr int MOST_WIDTH = 8, RUN = 64, BLOCK = 256;  // tokens a task, channels a block: what is at work fits the first cache
+constexpr int MOST_WIDTH = 8, RUN = 64, BLOCK = 256;  // tokens a task, channels a block: few enough for the first cache forward, for the second backward
 constexpr float EPSILON = 1e-6f;
 
 // Channels up to `end` (from where the last part ended): through silu or not, normalised in groups or not (0).
@@ -158,7 +158,7 @@ struct Block {
     void backward(int count, float* sums) {
         const int known = static_cast<int>(std::min<int64_t>(count + W - 1, c.T - first));
         const float* dy[MOST];
-        enter(known, true);  // read down the columns too: in long rows they would lie on too many pages
+        enter(known, true);  // `columns` reads a few channels of all tokens: where they lie, each would be on a page of its own
         rows(dy, c.dy, first, known, false);
         float *dz = memory.take(static_cast<int64_t>(MOST) * stride), *slope = memory.take(C);
         for (int i = 0; i < known; i++) {

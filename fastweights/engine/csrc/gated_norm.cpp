@@ -25,11 +25,12 @@ struct GatedNorm {
     int64_t gate_first, centred, threads;
     double epsilon, scale;
     const float *weight, *skip;
-    float* sums;             // [task][weights, then skips]
+    float* sums;             // backward pass: [task][weights, then skips]
     Tensor y, gate, x, out;  // (B, T, 1, channels) with heads = 1
     Tensor dy, dgate, dx;    // backward pass: out holds the gradient of out
 };
 
+// Room for a row of each tensor, where it cannot be read or written in place, and of what is made of them.
 struct Line {
     const GatedNorm& c;
     const int C, group;
@@ -80,7 +81,7 @@ struct Line {
         by = 1.0f / std::sqrt(total(squares) / group + static_cast<float>(c.epsilon));
     }
 
-    // y, with its share of x
+    // y with its share of x, and the row of x
     const float* given(int64_t b, int64_t r, const float*& x_row) const {
         const float* y_row = from(c.y, b, r, y);
         if (!c.skips) return y_row;
@@ -151,7 +152,8 @@ struct Line {
             });
             const float a = c.size ? total(along) / group : 0, m = c.size && c.centred ? total(whole) / group : 0;
             vectors(first, end, [&](int i, int n) {
-                vec d = (some(dn + i, n) - m - (some(z + i, n) - mean) * by * a) * by;
+                vec d = some(dn + i, n);
+                if (c.size) d = (d - m - (some(z + i, n) - mean) * by * a) * by;
                 if (c.gate_first) {
                     const vec g = some(gate_row + i, n), s = some(sigma + i, n);
                     put_some(dgate_row + i, d * some(y_row + i, n) * slope(g, s), n);
@@ -193,8 +195,9 @@ static void run(GatedNorm* c, bool backward) {
             const GatedNorm& c = task.c;
             Scratch memory{scratch(Line::size(c))};
             const Line line(c, memory);
-            float* sums = c.sums + i * (c.weights + c.skips);
-            if (task.backward) std::memset(sums, 0, sizeof(float) * (c.weights + c.skips));
+            const int64_t numbers = c.weights + c.skips;
+            float* sums = task.backward && numbers ? c.sums + i * numbers : nullptr;
+            if (sums) std::memset(sums, 0, sizeof(float) * numbers);
             for (int64_t r = i * ROWS; r < std::min((i + 1) * ROWS, c.B * c.T); r++)
                 if (task.backward) line.backward(r / c.T, r % c.T, sums);
                 else line.forward(r / c.T, r % c.T);

@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import RuleError
 from .objective import Objective, gradient
 from .roles import ROLES, Key, Rate, Role, Signal, Value, several
-from .rule import Rule, named
+from .rule import Rule, imported, named
 
 _RESERVED = {"rule", "state", "reset", "form", "backend", "chunk_size"}
 
@@ -84,7 +84,8 @@ def rule_of(fn: Callable[..., Any], *, name: str = "", objective: Objective | No
             raise RuleError(f"rule {name!r} returns {len(out)} values; expected {expected} or {expected}, y")
         return tuple(out[: len(states)]), out[len(states)] if len(out) > len(states) else None
 
-    return Rule(name, token, named(states, signals), objective, cite, inspect.getdoc(fn) or "")
+    place = (imported, (fn.__module__, getattr(fn, "__qualname__", name)))
+    return Rule(name, token, named(states, signals), objective, cite, inspect.getdoc(fn) or "", origin=place)
 
 
 def descend(objective: Callable[..., Any], *, name: str = "", cite: str = "") -> Rule:
@@ -110,7 +111,8 @@ def descend(objective: Callable[..., Any], *, name: str = "", cite: str = "") ->
     body.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     label = name or getattr(objective, "__name__", "").replace("<lambda>", "") or "objective"
     body.__doc__ = inspect.getdoc(objective) or f"One descent step on the objective {label}."
-    return rule_of(body, name=name or f"descend({label})", objective=Objective(label, objective), cite=cite)
+    found = rule_of(body, name=name or f"descend({label})", objective=Objective(label, objective), cite=cite)
+    return found.made_by(partial(descend, name=name, cite=cite), objective)
 
 
 def outer(u: Tensor, w: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import operator
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,6 +22,7 @@ from .roles import ROLES, Signal
 from .show import equations
 from .trace import Trace, line_of, trace
 
+Origin = tuple[Callable[..., "Rule"], tuple[Any, ...]]
 Token = Callable[[dict[str, Any], dict[str, Any]], tuple[tuple[Any, ...], Any]]
 FORMS = ("recurrent", "parallel", "chunk")
 
@@ -56,6 +59,7 @@ class Rule:
     cite: str = ""
     doc: str = ""
     number: int = field(default_factory=itertools.count().__next__, repr=False)  # by which a compiled graph finds this object in RULES
+    origin: Origin | None = field(default=None, repr=False)  # what makes this rule again in another process
     _traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -213,7 +217,7 @@ class Rule:
             return tuple(states[n] for n in both), y if y2 is None else y2
 
         cite = "; ".join(dict.fromkeys(c for c in (self.cite, other.cite) if c))
-        return Rule(name, token, named(both, both_signals), cite=cite)
+        return Rule(name, token, named(both, both_signals), cite=cite, origin=(operator.rshift, (self, other)))
 
     def __mul__(self, n: int) -> Rule:
         if not isinstance(n, int) or isinstance(n, bool):
@@ -240,7 +244,7 @@ class Rule:
             return tuple(states.values()), y
 
         name = f"({self.name}) * {n}" if " " in self.name else f"{self.name} * {n}"
-        return Rule(name, token, named(self.states, stacked), cite=self.cite)
+        return Rule(name, token, named(self.states, stacked), cite=self.cite, origin=(operator.mul, (self, n)))
 
     __rmul__ = __mul__
 
@@ -262,7 +266,7 @@ class Rule:
             return tuple(x.mT if states[n].role.name == "Matrix" else x for n, x in zip(states, new, strict=True)), None
 
         name = f"({self.name}).T" if " " in self.name else f"{self.name}.T"
-        return Rule(name, token, named(states, signals), cite=self.cite)
+        return Rule(name, token, named(states, signals), cite=self.cite, origin=(operator.attrgetter("T"), (self,)))
 
     # ---- identity ----------------------------------------------------------------------------------------------------
 
@@ -295,6 +299,26 @@ class Rule:
         """A value: copies of models share it."""
         return self
 
+    def __reduce__(self) -> Origin:
+        """Pickled as a function is: by the name under which a module has it, or by what it is made of."""
+        if self.origin is None or (self.origin[0] is imported and not self._can_be_imported(*self.origin[1])):
+            place = f", as {self.origin[1][0]}.{self.origin[1][1]}" if self.origin else ""
+            raise RuleError(
+                f"rule {self.name!r} cannot be pickled, for no other process finds it{place}; define it at the top of a module, "
+                "under the name of its function"
+            )
+        return self.origin
+
+    def _can_be_imported(self, module: str, name: str) -> bool:
+        try:
+            return imported(module, name) is self
+        except (ImportError, AttributeError, ValueError):
+            return False
+
+    def made_by(self, make: Callable[..., Rule], *args: Any) -> Rule:
+        """The same, pickled as a call of ``make``, a function of a module that returns this rule."""
+        return replace(self, origin=(make, args))
+
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Rule) and self.matches(other.fingerprint))
 
@@ -311,6 +335,11 @@ class Rule:
     def __repr__(self) -> str:
         roles = ", ".join(f"{n}: {s.role}" for n, s in self.arguments.signals.items())
         return f"{self.name}({roles}): {self.equation()}"
+
+
+def imported(module: str, name: str) -> Any:
+    """What a module has under a name."""
+    return operator.attrgetter(name)(importlib.import_module(module))
 
 
 def named(states: Mapping[str, Signal], signals: Mapping[str, Signal]) -> Named:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -93,13 +94,21 @@ class Hedgehog(FeatureMap):
         return torch.cat([2 * z, -2 * z], -1).softmax(-1)
 
 
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _elu1(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
 _SIMPLE: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x,
+    "identity": _identity,
     "silu": F.silu,
     "relu": F.relu,
-    "elu1": lambda x: F.elu(x) + 1,
+    "elu1": _elu1,
     "exp": torch.exp,
-    "softmax": lambda x: x.softmax(-1),
+    "softmax": partial(torch.softmax, dim=-1),
     "taylor2": taylor2,
 }
 NAMES = (*_SIMPLE, "dpfp:NU", "favor:FEATURES", "hedgehog")
@@ -116,7 +125,7 @@ def feature_map(name: str, d: int, heads: int = 1) -> FeatureMap:
         raise SignalError(f"feature_map is {name!r}; known: {', '.join(NAMES)}, with a whole number from 1")
     if kind == "dpfp":
         nu = int(number or 1)
-        return FeatureMap(name, d, 2 * d * nu, lambda x: dpfp(x, nu))
+        return FeatureMap(name, d, 2 * d * nu, partial(dpfp, nu=nu))
     if kind == "favor":
         return Favor(d, int(number or 4 * d))
     if kind == "hedgehog":

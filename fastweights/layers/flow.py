@@ -83,7 +83,9 @@ def runge_kutta(rule: Rule, method: str) -> Rule:
         return (moved(table.weights),), None
 
     step = {"step": Signal("step", ROLES["Scalar"])}
-    return Rule(f"{method} step of {rule.name}", token, named(rule.states, stacked | step), cite=rule.cite)
+    return Rule(
+        f"{method} step of {rule.name}", token, named(rule.states, stacked | step), cite=rule.cite, origin=(runge_kutta, (rule, method))
+    )
 
 
 def require_flow(rule: Rule) -> None:

@@ -105,7 +105,7 @@ def bounded_btsp(up: Gain, down: Gain) -> Rule:
         raised, lowered = r_up * up(e * i), r_down * down(e * i)
         return W * (1 - raised - lowered) + outer(v, raised), e, i
 
-    return body
+    return body.made_by(bounded_btsp, up, down)
 
 
 @rule(cite="Izhikevich 2007, Cerebral Cortex 17; Florian 2007, Neural Computation 19")

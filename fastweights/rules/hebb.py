@@ -85,7 +85,7 @@ def mlstm(eps: float = 0.0) -> Rule:
         below = torch.maximum((n @ q).abs(), (-top).exp())
         return W, n, top, W @ q / (below + eps if eps else below)
 
-    return exp_gated_hebb
+    return exp_gated_hebb.made_by(mlstm, eps)
 
 
 exp_gated_hebb = mlstm()

@@ -10,6 +10,7 @@ token; and, with --memory, the peak memory of a training step in a process of it
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -102,6 +103,18 @@ def child(name: str, T: int, dtype: str, fast: bool) -> None:
     print("peak", read("VmHWM") - before)
 
 
+def compare(name: str, dtype: str, T: int, seconds: float, memory: bool) -> None:
+    """Prints the rows of one model; memory first, while this process holds none."""
+
+    def row(what: str, unit: str, without: float, fast: float) -> None:
+        print(f"{name:12} {dtype:9} {T:>5} {what:8} {without:>8.1f}{unit} {fast:>8.1f}{unit} {without / fast:>6.2f}", flush=True)
+
+    if memory:
+        row("memory", "MB", *(peak_memory(name, T, dtype, fast) for fast in (False, True)))
+    for what, run in cases(name, getattr(torch, dtype), T).items():
+        row(what, "ms", *(1e3 * t for t in with_and_without(run, seconds)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
@@ -115,15 +128,8 @@ def main() -> None:
     if options.child is not None:
         return child(options.models[0], options.tokens[0], options.dtypes[0], bool(options.child))
     print(f"{'':36} {'without':>10} {'with':>10} {'ratio':>6}")
-    for name in options.models:
-        for dtype in options.dtypes:
-            for T in options.tokens:
-                for what, run in cases(name, getattr(torch, dtype), T).items():
-                    a, b = with_and_without(run, options.seconds)
-                    print(f"{name:12} {dtype:9} {T:>5} {what:8} {1e3 * a:>8.1f}ms {1e3 * b:>8.1f}ms {a / b:>6.2f}", flush=True)
-                if options.memory:
-                    a, b = (peak_memory(name, T, dtype, fast) for fast in (False, True))
-                    print(f"{name:12} {dtype:9} {T:>5} memory   {a:>8.0f}MB {b:>8.0f}MB {a / b:>6.2f}", flush=True)
+    for case in itertools.product(options.models, options.dtypes, options.tokens):
+        compare(*case, options.seconds, options.memory)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 //   out = weight n, if the gate comes first, else weight n a   the weights times a number for all; without a gate a = 1
 //
 // Backward, with dn = weight dout (times a, if the gate comes last):  du = (dn - mean(dn) - n mean(n dn)) / sqrt(...), or dn;
-// dweight = sum over rows of n dout (a);  da = y du, or weight n dout;  dy = a du, or du;  dx = skip dy,  dskip = sum of x dy. Nothing is saved: n is formed again.
-// Runs of rows are tasks of their own, each with its own sums for the weight, which are added up in order.
+// dweight = sum over rows of n dout (a);  da = y du, or weight n dout;  dy = a du, or du;  dx = skip dy,  dskip = sum of x dy. Nothing is
+// saved: n is formed again. Runs of rows are tasks of their own, each with its own sums for the weight, which are added up in order.
 #include <algorithm>
 
 #include "rows.h"
@@ -120,7 +120,8 @@ struct Line {
     }
 
     void backward(int64_t b, int64_t r, float* sums) const {
-        const float *x_row = nullptr, *y_row = given(b, r, x_row), *gate_row = c.activation ? from(c.gate, b, r, gate) : nullptr, *dout = from(c.out, b, r, out);
+        const float *x_row = nullptr, *y_row = given(b, r, x_row), *gate_row = c.activation ? from(c.gate, b, r, gate) : nullptr;
+        const float* dout = from(c.out, b, r, out);
         float *dy_row = to(c.dy, b, r, dy), *dgate_row = c.activation ? to(c.dgate, b, r, dgate) : nullptr;
         for (int first = 0; first < C; first += group) {
             const int end = first + group;

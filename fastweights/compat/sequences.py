@@ -36,9 +36,10 @@ def run(
     signals = {n: x.to(wide) for n, x in signals.items()}
     scale = signals["q"].shape[-1] ** -0.5 if scale is None else scale
     if l2norm:
-        inside, scale = (1.0, scale) if isinstance(scale, Tensor) else (scale, 1.0)
-        signals |= {"q": unit_length(signals["q"], inside), "k": unit_length(signals["k"])}
-    signals["q"] = signals["q"] if scale == 1.0 else signals["q"] * scale
+        signals["k"] = unit_length(signals["k"])
+        signals["q"] = unit_length(signals["q"]) * scale if isinstance(scale, Tensor) else unit_length(signals["q"], scale)
+    else:
+        signals["q"] = signals["q"] * scale
     if reverse:
         signals = {n: x.flip(1) for n, x in signals.items()}
     W = None if state is None else (state if value_first else state.transpose(-1, -2)).to(wide)

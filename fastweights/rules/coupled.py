@@ -48,7 +48,7 @@ def rls(W, D: KeyMatrix, k: Key, v: Value, g: LogDecay, r: Rate):
     """
     eye = torch.diag(0 * k + 1)
     P = eye + D
-    P = P * torch.where(P.diagonal().mean() < 1000, (-g).exp(), 1 + 0 * g)
+    P = P * torch.minimum((-g).exp(), torch.maximum(1000 / P.diagonal().mean(), 1 + 0 * g))
     P = (P + P.mT) / 2  # what rounding leaves of an asymmetry would grow as the past fades
     P_k = P @ k
     gain = P_k / (r + (k @ P_k).clamp(min=1e-12))

@@ -188,6 +188,16 @@ def test_bfloat16_and_gradients():
     assert all(t.grad is not None and t.grad.dtype == t.dtype for t in leaves.values())
 
 
+@pytest.mark.parametrize("l2norm", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_scale_that_is_a_tensor_has_a_gradient(l2norm, scale):
+    x = {n: t for n, t in draw().items() if n != "S"}
+    given = torch.tensor(scale, requires_grad=True)
+    y = fla.chunk_gated_delta_rule(**x, scale=given, use_qk_l2norm_in_kernel=l2norm)[0]
+    close(y, fla.chunk_gated_delta_rule(**x, scale=scale, use_qk_l2norm_in_kernel=l2norm)[0])
+    assert torch.allclose(torch.autograd.grad(y.sum(), given)[0], y.sum().detach() / scale, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

@@ -214,3 +214,20 @@ def gated_vectors(W, u: fw.ValueVector, w: fw.KeyVector, b: fw.Gate, g: fw.LogDe
 def test_sixteen_bits_without_keys_and_values(dtype):
     y, _ = fw.FastWeightLayer(gated_vectors, 32, heads=2).to(dtype)(torch.randn(2, 5, 32).to(dtype))
     assert y.dtype == dtype
+
+
+def test_the_share_of_a_value_that_all_heads_have():
+    """A programmer of one's own may give one value head for all."""
+    layer = fw.FastWeightLayer(R.hebb, 16, heads=2, skip=True)
+
+    class Shared(torch.nn.Module):
+        def forward(self, x, conv=None):
+            q, k, v = x.unflatten(-1, (2, 8)).split(1, 2)[0].expand(-1, -1, 2, -1), x.unflatten(-1, (2, 8)), x[..., None, :8]
+            return {"q": q, "k": k, "v": v}, conv
+
+    layer.programmer = Shared()
+    x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+    signals, _ = layer.programmer(x)
+    y = fw.scan(R.hebb, **signals).y
+    expected = layer.out(layer._finish(x, (y + signals["v"]).flatten(2)))
+    assert torch.allclose(layer(x)[0], expected, atol=1e-6)

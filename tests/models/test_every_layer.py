@@ -27,8 +27,6 @@ def test_every_layer_learns(name):
     assert all(map(torch.isfinite, map(torch.tensor, losses)))
     assert losses[-1] < losses[0]
     for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
-        if name == "rls" and dtype == torch.float32:
-            continue  # so ill-conditioned that it differs from itself in float64 by 2e-3
         model.to(dtype)
         logits, memory = model(ids[:, :7])
         rest, _ = model(ids[:, 7:], memory)

@@ -59,7 +59,7 @@ def cascade(W, U, q, k, v, dt):
 
 def rls(W, D, q, k, v, g, r):
     P = np.eye(len(k)) + D
-    P = P * np.exp(-g) if P.trace() / len(k) < 1000 else P
+    P = P * min(np.exp(-g), max(1000 * len(k) / P.trace(), 1))
     gain = P @ k / (r + k @ P @ k)
     W = W + np.outer(v - W @ k, gain)
     return W, P - np.outer(gain, P @ k) - np.eye(len(k)), W @ q
@@ -361,6 +361,16 @@ def test_recursive_least_squares_is_ridge_regression():
         K, V = k[0, :, 0], v[0, :, 0]
         ridge = torch.linalg.solve(K.T @ K + penalty * torch.eye(6, dtype=torch.float64), K.T @ V).T
         assert distance(W, ridge) < 1e-8
+
+
+@pytest.mark.parametrize("forgetting", [-0.5, -5.0, -50.0])
+def test_what_fades_does_not_leave_more_variance_than_it_says(forgetting):
+    draw = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 50, 1, d, generator=draw) for d in (6, 3))
+    k[..., 3:] = 0
+    r = torch.full((1, 50, 1), 0.1)
+    _, D = fw.scan(R.rls, q=k, k=k, v=v, g=r * 0 + forgetting, r=r).state
+    assert 900 < 1 + D[0, 0].trace() / 6 <= 1000 * (1 + 1e-5)
 
 
 @MACHINE

@@ -45,12 +45,14 @@ class Seam:
 
 _DELTA = ("query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
 _SSD = ("hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "initial_states", "dt_softplus", "dt_limit", "return_final_states")
-_NORMED = (  # families whose norms are known, each a class of its own: what comes before RMSNorm and RMSNormGated
-    "Bamba", "GraniteMoeHybrid", "NemotronH", "Zamba2", "FalconH1", "OlmoHybrid", "LaraMini", "KimiLinear", "Glm5NextText", "BailingHybrid",
-)  # fmt: skip
-_FROM_ONE = ("Qwen3Next", "Qwen3_5", "Qwen3_5Moe")  # whose weights are what they differ from one by
-_GATED_NORMS = ("Mamba", *_NORMED, *_FROM_ONE, "Qwen4ExpText")
-_NORMS = dict.fromkeys(("Mamba2", *_NORMED, "MiniMax"), "hidden_states") | dict.fromkeys(_FROM_ONE, "x")
+# Families whose norms are known, each a class of its own: what comes before RMSNorm and RMSNormGated. The gate comes first, or last;
+# weights are what they differ from one by in some.
+_GATE_FIRST = ("Bamba", "GraniteMoeHybrid", "NemotronH", "Zamba2", "FalconH1")
+_GATE_LAST = ("OlmoHybrid", "LaraMini", "KimiLinear", "Glm5NextText", "BailingHybrid")
+_FROM_ONE = ("Qwen3Next", "Qwen3_5", "Qwen3_5Moe")
+_GATED_NORMS = dict.fromkeys(("Mamba", *_GATE_FIRST), functions.gate_then_norm)
+_GATED_NORMS |= dict.fromkeys((*_GATE_LAST, *_FROM_ONE, "Qwen4ExpText"), functions.norm_then_gate)
+_NORMS = dict.fromkeys(("Mamba2", *_GATE_FIRST, *_GATE_LAST, "MiniMax"), "hidden_states") | dict.fromkeys(_FROM_ONE, "x")
 _SSD_STEP = ("state", "hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus")
 SEAMS = (
     Seam("torch_chunk_gated_delta_rule", "chunk_gated_delta_rule", _DELTA, functions.gated_delta, functions.serves_delta),
@@ -70,8 +72,8 @@ SEAMS = (
         functions.lightning, functions.serves_lightning,
     ),
     *(
-        Seam(f"{name}RMSNormGated.forward", None, ("hidden_states", "gate"), functions.gated_norm, functions.serves_gated_norm)
-        for name in _GATED_NORMS
+        Seam(f"{name}RMSNormGated.forward", None, ("hidden_states", "gate"), instead, functions.serves_gated_norm)
+        for name, instead in _GATED_NORMS.items()
     ),
     *(Seam(f"{name}RMSNorm.forward", None, (x,), functions.norm, functions.serves_norm) for name, x in _NORMS.items()),
 )  # fmt: skip
@@ -155,6 +157,11 @@ class _Exchanges:
             else:
                 setattr(owner, last, _exchange(found, seam))
                 report.exchanged.append(where)
+        for cls in (c for c in vars(module).values() if isinstance(c, type) and "torch_forward" in vars(c)):
+            where = f"{module.__name__.rpartition('.')[2]}.{cls.__name__}.torch_forward"
+            report.refused[where] = (
+                "its scan is written into the layer, as before transformers 5.15: only its norms are served; upgrade transformers"
+            )
 
     def remove(self, name: str, user: Any) -> None:
         users = self.users.get(name)
@@ -199,7 +206,8 @@ class enable:
     """Run the linear-attention layers of transformers on this engine, wherever they run on a processor.
 
     ``enable()`` holds until ``disable()``, or for a block: ``with enable() as report: ...``. Models that are already loaded, and
-    those that are loaded later, are the same to it. Gated delta (Qwen3-Next, Qwen3.5, OLMo-hybrid), KDA (Kimi-Linear,
+    those that are loaded later, are the same to it (before transformers 5.15 layers keep their functions: ``accelerate`` models that
+    were there before). Gated delta (Qwen3-Next, Qwen3.5, OLMo-hybrid), KDA (Kimi-Linear,
     Bailing-hybrid), Mamba-2 with its relatives, mLSTM (xLSTM) and lightning attention (MiniMax) run forward, backward and token by
     token, their short convolutions and norms too, and packed sequences work. ``report`` says what was exchanged, and what was
     refused and why.

@@ -187,15 +187,17 @@ def serves_gated_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = No
     return like and getattr(self, "activation", "silu") in _GATES and _is_float(gate) and serves_norm(self, hidden_states)
 
 
-def gated_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-    """weight * RMS norm, in groups of channels that the layer knows, gated before (Mamba-2 and its relatives) or after."""
-    channels = hidden_states.shape[-1]
-    if hasattr(self, "n_groups"):
-        size, first = channels // self.n_groups, not self.norm_before_gate
-    else:
-        size, first = getattr(self, "group_size", channels), hasattr(self, "group_size")
-    activation = _GATES[getattr(self, "activation", "silu")]
-    return norm_and_gate(hidden_states, gate, self.weight, size=size, eps=self.variance_epsilon, activation=activation, gate_first=first)
+def gate_then_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+    """weight * RMS norm of what is gated, in groups of channels, as Mamba-2 and its relatives have it; Falcon-H1 may gate last."""
+    channels, first = hidden_states.shape[-1], not getattr(self, "norm_before_gate", False)
+    size = channels // self.n_groups if hasattr(self, "n_groups") else getattr(self, "group_size", channels)
+    return norm_and_gate(hidden_states, gate, self.weight, size=size, eps=self.variance_epsilon, gate_first=first)
+
+
+def norm_then_gate(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+    """weight * RMS norm, then the gate, as the layers with a delta rule have it."""
+    how = {"size": hidden_states.shape[-1], "eps": self.variance_epsilon, "activation": _GATES[getattr(self, "activation", "silu")]}
+    return norm_and_gate(hidden_states, gate, self.weight, **how)
 
 
 def serves_norm(self: Any, x: Tensor) -> bool:

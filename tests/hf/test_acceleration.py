@@ -103,6 +103,15 @@ def test_types_are_those_of_transformers(types):
     assert fast.dtype == norm(x, x).dtype
 
 
+def test_a_scan_inside_of_a_layer_is_refused_by_name(monkeypatch):
+    """As Mamba-2 had it before transformers 5.15."""
+    from transformers.models.mamba2 import modeling_mamba2 as module
+
+    monkeypatch.setattr(module.Mamba2Mixer, "torch_forward", lambda self: None, raising=False)
+    with hf.enable() as report:
+        assert "upgrade transformers" in report.refused["modeling_mamba2.Mamba2Mixer.torch_forward"]
+
+
 def test_gradients_are_the_same(model):
     grads = []
     for fast in (False, True):

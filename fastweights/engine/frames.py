@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ class Frame(Sizes):
     def bind(self, *places: list[int]) -> None:
         """The addresses of a call, in order, each with the places where it belongs."""
         uses = [CUse(place, i) for i, several in enumerate(places) for place in several]
-        self.uses, self.addresses = array(CUse, uses), ctypes.c_void_p * len(places)
+        self.uses, self.addresses = array(CUse, uses), struct.Struct(f"{len(places)}P").pack
         self.problem.uses, self.problem.use = len(uses), self.uses
 
 
@@ -135,7 +136,7 @@ class Forward(Frame):
         last = torch.empty_like(self.state_like if first is None else first)
         saved = [empty(size) for size in self.saved_sizes]
         every = (*tensors, *outs, first, reset, last, *saved)
-        if self.run(self.reference, self.addresses(*[None if x is None else x.data_ptr() for x in every]), torch.get_num_threads()):
+        if self.run(self.reference, self.addresses(*[0 if x is None else x.data_ptr() for x in every]), torch.get_num_threads()):
             raise positive_decay(self.where)
         return outs, last, saved
 
@@ -198,7 +199,7 @@ class Backward(Frame):
         found = [[empty_as(like) for _ in range(uses)] if like is not None else [] for like, uses in self.grads]
         grad_first = None if self.first_like is None else empty_as(self.first_like)
         every = (*tensors, reset, *saved, grad_first, *(grad for grads in found for grad in grads))
-        addresses = self.addresses(*[None if x is None else x.data_ptr() for x in every])
+        addresses = self.addresses(*[0 if x is None else x.data_ptr() for x in every])
         self.run(self.reference, ctypes.byref(self.gradient), addresses, torch.get_num_threads())
         return [*[_whole(grads, *wanted) for grads, wanted in zip(found, self.heads_and_types, strict=True)], grad_first]
 

@@ -23,9 +23,17 @@ from .operator import scanned
 from .watched import forward_derivatives, modes, recorded, traced
 
 _MOST = 256  # signatures that a thread keeps
-_known = threading.local()  # the structures of a call are not for two threads at once
-_UNKNOWN = object()
 _address = Tensor.data_ptr
+
+
+class _Known(threading.local):
+    """The calls of a thread, for their structures are not for two at once: of tensors like these, such a call (none: not by this way)."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[Any, ...], list[tuple[Callable[..., bool], Any]]] = {}
+
+
+_known = _Known()
 
 
 def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -34,8 +42,11 @@ def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, A
         return None
     given = (*signals.values(), *(() if W is None else (W,)), *(() if reset is None else (reset,)))
     key = (rule.number, torch.is_grad_enabled(), *signals, W is None, reset is None, getattr(given[0], "shape", None) if given else None)
-    call = _find(key, given)
-    if call is _UNKNOWN:
+    for fits, known in _known.calls.get(key, ()):
+        if fits(*given):
+            call = known
+            break
+    else:
         if recorded():
             return None
         checked = check(rule, signals, W, reset)
@@ -52,29 +63,27 @@ def step(rule: Any, W: Tensor, out: Tensor | None, signals: dict[str, Any]) -> t
     if modes() or forward_derivatives() or not isinstance(rule, Rule):
         return None
     key, given = (rule.number, torch.is_grad_enabled(), *signals, W.shape), (*signals.values(), W)
-    call = _find(key, given)
-    if call is _UNKNOWN:
+    for fits, known in _known.calls.get(key, ()):
+        if fits(*given):
+            call = known
+            break
+    else:
         if recorded():
             return None
         checked = check(rule, signals, W, time=False)
         call = None if traced(given) else _keep(key, given, _prepare_step(checked, given))
-    return None if call is None or (out is not None and not call.takes(out, W)) else call(given, out)
-
-
-def _find(key: tuple[Any, ...], given: tuple[Tensor, ...]) -> Any:
-    """The call for tensors like these."""
-    try:
-        for fits, call in _known.calls[key]:
-            if fits(*given):
-                return call
-    except (AttributeError, KeyError):
-        pass  # the first of this thread, or of this rule
-    return _UNKNOWN
+    if call is None or (out is not None and not call.takes(out, W)):
+        return None
+    y = torch.empty_like(call.y_like)
+    new = torch.empty_like(call.W_like) if out is None else out
+    if call.run(call.reference, call.addresses(*map(_address, given), new.data_ptr(), y.data_ptr()), torch.get_num_threads()):
+        raise positive_decay(call.where)
+    if out is not None and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return y, new
 
 
 def _keep(key: tuple[Any, ...], given: tuple[Tensor, ...], call: Any) -> Any:
-    if not hasattr(_known, "calls"):
-        _known.calls = {}
     calls = _known.calls
     calls[key] = [(_fits(given), call), *calls.pop(key, ())]
     while len(calls) > 1 and sum(map(len, calls.values())) > _MOST:
@@ -145,7 +154,7 @@ def _prepare_step(given: Inputs, tensors: tuple[Tensor, ...]) -> Step | None:
 
 
 class Step:
-    """The call of one token."""
+    """What a call of one token needs."""
 
     def __init__(self, given: Inputs, found: cpu.Operands, names: list[str]) -> None:
         W, self.where = given.states[0], given.rule.name
@@ -169,15 +178,6 @@ class Step:
             return False
         a, b = out.data_ptr(), W.data_ptr()
         return a == b or a >= b + _span(W) or b >= a + _span(out)
-
-    def __call__(self, given: tuple[Tensor, ...], out: Tensor | None) -> tuple[Tensor, Tensor]:
-        y = torch.empty_like(self.y_like)
-        new = torch.empty_like(self.W_like) if out is None else out
-        if self.run(self.reference, self.addresses(*map(_address, given), new.data_ptr(), y.data_ptr()), torch.get_num_threads()):
-            raise positive_decay(self.where)
-        if out is not None and not out.is_inference():
-            torch.autograd.graph.increment_version(out)
-        return y, new
 
 
 def _span(x: Tensor) -> int:

@@ -13,6 +13,8 @@ from . import prepared
 from .inputs import check
 from .scan import Output, choose, run, scan
 
+_output = tuple.__new__  # as Output(*done), without the function around it
+
 
 def step(
     rule: Rule, W: Any = None, /, *, form: str = "auto", backend: str = "auto", out: Tensor | None = None, **signals: Tensor
@@ -28,15 +30,15 @@ def step(
     ([[[3.0, 3.0]]], torch.Size([1, 1, 2, 1]))
     """
     compiling = torch.compiler.is_compiling()
+    if not compiling and form == "auto" and backend in ("auto", "cpu") and isinstance(W, Tensor):
+        done = prepared.step(rule, W, out, signals)
+        if done is not None:
+            return _output(Output, done)
     if compiling and out is None:
         y, state = scan(
             rule, state=W, reset=None, form=form, backend=backend, chunk_size=None, **{n: x.unsqueeze(1) for n, x in signals.items()}
         )
         return Output(y.squeeze(1), state)
-    if not compiling and form == "auto" and backend in ("auto", "cpu") and isinstance(W, Tensor):
-        done = prepared.step(rule, W, out, signals)
-        if done is not None:
-            return Output(*done)
     given = check(rule, signals, W, time=False)
     y, state = run(given, choose(given, form, backend, None))
     if out is not None:

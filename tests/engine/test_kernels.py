@@ -267,17 +267,18 @@ def test_a_positive_decay_is_refused():
 @pytest.mark.parametrize("rule", [R.gated_delta, R.gated_oja], ids=name)
 def test_threads_and_batches_change_no_bit(rule):
     low, start = single(example(rule, 3, 70, 4, 20, 24)), tuple(s.float() for s in state_for(rule, 3, 4, 20, 24))
+    reset = torch.rand(3, 70, generator=torch.Generator().manual_seed(0)) < 0.1
     threads = torch.get_num_threads()
     found = []
     try:
-        for n in (1, 2, 3):
+        for n in (1, 2, 3, 8):  # many threads take heads one by one, few take them abreast
             torch.set_num_threads(n)
-            out = fw.scan(rule, **low, state=start, backend="cpu")
-            found.append([*parts(out), *gradients(rule, low, start, backend="cpu")])
+            out = fw.scan(rule, **low, state=start, reset=reset, backend="cpu")
+            found.append([*parts(out), *gradients(rule, low, start, reset=reset, backend="cpu")])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
-    alone = fw.scan(rule, **{n: x[1:2] for n, x in low.items()}, state=tuple(s[1:2] for s in start), backend="cpu")
+    alone = fw.scan(rule, **{n: x[1:2] for n, x in low.items()}, state=tuple(s[1:2] for s in start), reset=reset[1:2], backend="cpu")
     assert torch.equal(alone.y, found[0][0][1:2])
 
 

@@ -40,8 +40,8 @@ struct Backward {
                (4 * C + EVENTS + C) * at.Kp + 4096;
     }
 
-    explicit Backward(const Problem& problem)
-        : p(problem), at(p), memory{scratch(size(p))}, chunk(p, at, memory, false) {
+    Backward(const Problem& problem, float* room)
+        : p(problem), at(p), memory{room}, chunk(p, at, memory, false) {
         chunk.gradient = &to;
         states = memory.take(slots(p) * at.state()), zeros = memory.take(at.state()), dS = memory.take(at.state());
         given = memory.take(2 * C * at.Vp), given_turned = memory.take(2 * C * at.Vp);
@@ -406,53 +406,60 @@ struct Backward {
     }
 };
 
-// A head from its last token to its first
+// One head of every pass, `apart` from h on, from their last token to their first
 template <class Pass>
-static void head(Pass& pass, const Gradient& grad, int64_t b, int64_t h) {
+static void heads(Abreast<Pass>& passes, const Gradient& grad, int64_t b, int64_t h, int64_t apart) {
     constexpr int MOST = 1024;  // blocks a segment
-    const Problem& p = pass.p;
-    const int64_t segments = (p.T + p.segment - 1) / p.segment, row = b * p.H + h, size = pass.at.state();
-    pass.head().enter(p, p.micro, p.read, b, h);
-    pass.to.enter(p, grad.micro, grad.read, b, h);
-    load_state(pass.at, pass.dS, grad.last, b, h);
+    const Problem& p = passes[0].p;
+    const int64_t segments = (p.T + p.segment - 1) / p.segment, size = passes[0].at.state();
+    for (int i = 0; i < passes.count; i++) {
+        passes[i].head().enter(p, p.micro, p.read, b, h + i * apart);
+        passes[i].to.enter(p, grad.micro, grad.read, b, h + i * apart);
+        load_state(passes[i].at, passes[i].dS, grad.last, b, h + i * apart);
+    }
+    auto row = [&](int i) { return b * p.H + h + i * apart; };
     for (int64_t s = segments - 1; s >= 0; s--) {
-        int64_t token = s * p.segment, end = token + p.segment < p.T ? token + p.segment : p.T, first[MOST + 1];
-        const float* start[MOST];
-        float* slot = pass.states;
+        int64_t token = s * p.segment, end = token + p.segment < p.T ? token + p.segment : p.T, first[MOST + 1], rebuilt = 0;
+        const float* start[MOST][MOST_ABREAST];
         int blocks = 0;
         for (; token < end; blocks++) {
             const bool anew = starts_anew(p, b, token);
-            start[blocks] = anew ? pass.zeros : blocks == 0 ? p.checkpoints + (row * segments + s) * size : slot - size;
             first[blocks] = token;
             const int count = next_chunk(p, Pass::most_tokens(p), b, token, end);
             token += count;
-            if (token == end || starts_anew(p, b, token)) continue;
-            pass.rebuild(slot, start[blocks], first[blocks], count, row);
-            slot += size;
+            const bool last = token == end || starts_anew(p, b, token);
+            for (int i = 0; i < passes.count; i++) {
+                float* slot = passes[i].states + rebuilt * size;
+                start[blocks][i] = anew ? passes[i].zeros : blocks == 0 ? p.checkpoints + (row(i) * segments + s) * size : slot - size;
+                if (!last) passes[i].rebuild(slot, start[blocks][i], first[blocks], count, row(i));
+            }
+            rebuilt += !last;
         }
         first[blocks] = end;
-        for (int c = blocks - 1; c >= 0; c--) {
-            pass.run(start[c], first[c], static_cast<int>(first[c + 1] - first[c]), row);
-            if (start[c] == pass.zeros) std::memset(pass.dS, 0, sizeof(float) * size);
-        }
+        for (int c = blocks - 1; c >= 0; c--)
+            for (int i = 0; i < passes.count; i++) {
+                passes[i].run(start[c][i], first[c], static_cast<int>(first[c + 1] - first[c]), row(i));
+                if (start[c][i] == passes[i].zeros) std::memset(passes[i].dS, 0, sizeof(float) * size);
+            }
     }
-    store_state(pass.at, pass.dS, grad.first, b, h);
+    for (int i = 0; i < passes.count; i++) store_state(passes[i].at, passes[i].dS, grad.first, b, h + i * apart);
 }
 
 struct Job {
     const Problem* p;
     const Gradient* grad;
+    const int abreast = fw::abreast(p->B, grad->groups, p->threads);
 };
 
 template <class Pass>
 static void backward(Job job) {
     parallel(
-        job.p->B * job.grad->groups, job.p->threads,
+        job.p->B * job.grad->groups / job.abreast, job.p->threads,
         [](void* context, int64_t i) {
             const Job& job = *static_cast<Job*>(context);
-            const int64_t groups = job.grad->groups, heads = job.p->H / groups;
-            Pass pass(*job.p);
-            for (int64_t h = 0; h < heads; h++) head(pass, *job.grad, i / groups, i % groups * heads + h);
+            const int64_t groups = job.grad->groups, heads = job.p->H / groups, group = i * job.abreast;
+            Abreast<Pass> passes(*job.p, job.abreast);
+            for (int64_t h = 0; h < heads; h++) fw::heads(passes, *job.grad, group / groups, group % groups * heads + h, heads);
         },
         &job);
 }

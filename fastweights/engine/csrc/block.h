@@ -123,10 +123,10 @@ struct Block {
     void rows(float* to, const Tensor& t, int width, int padded, const float* scales = nullptr) {
         load_rows(to, padded, t, token * t.time, count, width, padded, scales, 1);
         if (count < N) std::memset(to + count * padded, 0, sizeof(float) * (N - count) * padded);
-        if (t) soon(t, width);
+        soon(t, width);
     }
     void soon(const Tensor& t, int width) {
-        for (int i = 0; i < N; i++) next.add(t, (token + ahead + i) * t.time, width);
+        for (int i = 0; i < N && t; i++) next.add(t, (token + ahead + i) * t.time, width);
     }
     void numbers(float* to, const Tensor& t, float scale, float absent) const {
         load_numbers(to, t, token * t.time, count, scale, absent);

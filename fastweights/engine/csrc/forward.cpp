@@ -28,7 +28,7 @@ struct Forward {
         return Part::size(at) + at.state() + 2 * C * at.Vp + 2 * C * (at.Vp + at.Kp) + 1024;
     }
 
-    explicit Forward(const Problem& problem) : p(problem), at(p), memory{scratch(size(p))}, chunk(p, at, memory, OUTSIDE) {
+    Forward(const Problem& problem, float* room) : p(problem), at(p), memory{room}, chunk(p, at, memory, OUTSIDE) {
         S = memory.take(at.state()), out = memory.take(2 * C * at.Vp);
         turned = memory.take(C * at.Vp), back = memory.take(C * at.Kp);
     }
@@ -125,32 +125,39 @@ struct Forward {
     }
 };
 
-// A head from its first token to its last
+// Heads from h on, from their first token to their last
 template <class Pass>
-static void head(Problem& p, int64_t b, int64_t h) {
-    Pass pass(p);
-    pass.head().enter(p, p.micro, p.read, b, h);
-    load_state(pass.at, pass.S, p.first, b, h);
-    const int64_t row = b * p.H + h, segments = (p.T + p.segment - 1) / p.segment, size = pass.at.state();
-    for (int64_t t = 0; t < p.T;) {
-        if (starts_anew(p, b, t)) std::memset(pass.S, 0, sizeof(float) * size);
-        if (p.checkpoints && t % p.segment == 0)
-            std::memcpy(p.checkpoints + (row * segments + t / p.segment) * size, pass.S, sizeof(float) * size);
-        const int64_t end = (t / p.segment + 1) * p.segment;
-        const int count = next_chunk(p, Pass::most_tokens(p), b, t, end < p.T ? end : p.T);
-        pass.run(t, count, row);
-        t += count;
+static void heads(Problem& p, int64_t b, int64_t h, int count) {
+    Abreast<Pass> passes(p, count);
+    for (int i = 0; i < count; i++) {
+        passes[i].head().enter(p, p.micro, p.read, b, h + i);
+        load_state(passes[i].at, passes[i].S, p.first, b, h + i);
     }
-    store_state(pass.at, pass.S, p.last, b, h);
+    const int64_t row = b * p.H + h, segments = (p.T + p.segment - 1) / p.segment, size = passes[0].at.state();
+    for (int64_t t = 0; t < p.T;) {
+        const bool anew = starts_anew(p, b, t);
+        const int64_t end = (t / p.segment + 1) * p.segment;
+        const int tokens = next_chunk(p, Pass::most_tokens(p), b, t, end < p.T ? end : p.T);
+        for (int i = 0; i < count; i++) {
+            float* S = passes[i].S;
+            if (anew) std::memset(S, 0, sizeof(float) * size);
+            if (p.checkpoints && t % p.segment == 0)
+                std::memcpy(p.checkpoints + ((row + i) * segments + t / p.segment) * size, S, sizeof(float) * size);
+            passes[i].run(t, tokens, row + i);
+        }
+        t += tokens;
+    }
+    for (int i = 0; i < count; i++) store_state(passes[i].at, passes[i].S, p.last, b, h + i);
 }
 
 template <class Pass>
 static void forward(Problem& p) {
     parallel(
-        p.B * p.H, p.threads,
+        p.B * p.H / abreast(p.B, p.H, p.threads), p.threads,
         [](void* context, int64_t i) {
             Problem& p = *static_cast<Problem*>(context);
-            head<Pass>(p, i / p.H, i % p.H);
+            const int count = abreast(p.B, p.H, p.threads);
+            heads<Pass>(p, i * count / p.H, i * count % p.H, count);
         },
         &p);
 }

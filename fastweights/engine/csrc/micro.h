@@ -30,11 +30,18 @@ constexpr int L = 4, MR = 8;
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t ivec __attribute__((vector_size(4 * L)));
 typedef uint32_t uvec __attribute__((vector_size(4 * L)));
+typedef int64_t pairs __attribute__((vector_size(4 * L)));  // L / 2 pairs of neighbours
 typedef float vec_in_memory __attribute__((vector_size(4 * L), aligned(4), may_alias));
 
 INLINE vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
 INLINE void store(float* p, vec x) { *reinterpret_cast<vec_in_memory*>(p) = x; }
 INLINE vec broadcast(float x) { return vec{} + x; }
+// Zeros, a store or a register each: for `= {}` some compilers call for a string instruction, which takes longer than what follows.
+template <int N>
+INLINE void clear(vec (&x)[N]) {
+#pragma GCC unroll 32
+    for (int i = 0; i < N; i++) x[i] = vec{};
+}
 INLINE vec select(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
 template <int... I>
@@ -125,13 +132,9 @@ INLINE vec exponential(vec x) {
 
 // ---- shuffles ------------------------------------------------------------------------------------------------------
 
-template <int... I>
-INLINE vec interleave_low(vec a, vec b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, ((I % 2) * L + I / 2)...);
-}
-template <int... I>
-INLINE vec interleave_high(vec a, vec b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, ((I % 2) * L + L / 2 + I / 2)...);
+template <int FROM, class V, int... I>
+INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, ((I % 2) * sizeof...(I) + FROM + I / 2)...);
 }
 template <int... I>
 INLINE vec halves(vec a, vec b, int from, std::integer_sequence<int, I...>) {
@@ -140,8 +143,12 @@ INLINE vec halves(vec a, vec b, int from, std::integer_sequence<int, I...>) {
 // the first half of a and that of b, or the second ones
 INLINE vec first_halves(vec a, vec b) { return halves(a, b, 0, std::make_integer_sequence<int, L>{}); }
 INLINE vec second_halves(vec a, vec b) { return halves(a, b, 1, std::make_integer_sequence<int, L>{}); }
-INLINE vec low(vec a, vec b) { return interleave_low(a, b, std::make_integer_sequence<int, L>{}); }
-INLINE vec high(vec a, vec b) { return interleave_high(a, b, std::make_integer_sequence<int, L>{}); }
+template <class V>
+constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+template <class V>
+INLINE V low(V a, V b) { return interleave<0>(a, b, std::make_integer_sequence<int, lanes<V>>{}); }
+template <class V>
+INLINE V high(V a, V b) { return interleave<lanes<V> / 2>(a, b, std::make_integer_sequence<int, lanes<V>>{}); }
 
 // Lane i of the result is the sum of the lanes of x[i].
 INLINE vec sums(vec x[L]) {
@@ -152,23 +159,43 @@ INLINE vec sums(vec x[L]) {
     return x[0];
 }
 
+// The columns of a square are its rows afterwards.
+template <class V>
+INLINE void turn(V (&x)[lanes<V>]) {
+    constexpr int N = lanes<V>;
+    V y[N];
+#pragma GCC unroll 8
+    for (int stage = 1; stage < N; stage *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N / 2; i++) y[2 * i] = low(x[i], x[i + N / 2]), y[2 * i + 1] = high(x[i], x[i + N / 2]);
+#pragma GCC unroll 16
+        for (int i = 0; i < N; i++) x[i] = y[i];
+    }
+}
+
 // out (columns x rows) = in^T (rows x columns), both multiples of L.
 SHARED void transpose(float* out, int out_stride, const float* in, int in_stride, int rows, int columns) {
     for (int r = 0; r < rows; r += L)
         for (int c = 0; c < columns; c += L) {
-            vec x[L], y[L];
+            vec x[L];
 #pragma GCC unroll 16
             for (int i = 0; i < L; i++) x[i] = load(in + (r + i) * in_stride + c);
-#pragma GCC unroll 8
-            for (int stage = 1; stage < L; stage *= 2) {
-#pragma GCC unroll 16
-                for (int i = 0; i < L / 2; i++) y[2 * i] = low(x[i], x[i + L / 2]), y[2 * i + 1] = high(x[i], x[i + L / 2]);
-#pragma GCC unroll 16
-                for (int i = 0; i < L; i++) x[i] = y[i];
-            }
+            turn(x);
 #pragma GCC unroll 16
             for (int i = 0; i < L; i++) store(out + (c + i) * out_stride + r, x[i]);
         }
+}
+
+// The same of half as many rows (L / 2), in pairs of columns: row c / 2 of `out` is  in[0][c], in[0][c + 1], in[1][c], in[1][c + 1], ...
+SHARED void transpose_pairs(float* out, const float* in, int in_stride, int columns) {
+    for (int c = 0; c < columns; c += L) {
+        pairs x[L / 2];
+#pragma GCC unroll 8
+        for (int i = 0; i < L / 2; i++) x[i] = (pairs)load(in + i * in_stride + c);
+        turn(x);
+#pragma GCC unroll 8
+        for (int i = 0; i < L / 2; i++) store(out + (c / 2 + i) * L, (vec)x[i]);
+    }
 }
 
 // ---- the product ---------------------------------------------------------------------------------------------------
@@ -200,6 +227,26 @@ INLINE void tile(float* c, int c_stride, const float* a, int64_t a_row, int64_t 
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) store(c + m * c_stride + n * L, acc[m][n]);
+}
+
+// C[r][:] = sum_d A[r, d] B[d][:] for L rows and L / 2 columns, which would fill half a vector: the other half takes every second d.
+// `b` is laid out by transpose_pairs; its rows go on from panel to panel. Row r of C is column r of `out`.
+INLINE void narrow_tile(vec (&out)[L / 2], const float* a, int64_t a_row, const float* b, int depth, int panels, int64_t a_panel) {
+    vec acc[L];
+    clear(acc);
+    for (int p = 0; p < panels; p++, a += a_panel)
+        for (int d = 0; d < depth; d += 2, b += L) {
+            const vec row = load(b);
+#pragma GCC unroll 16
+            for (int m = 0; m < L; m++) {
+                int64_t two;
+                std::memcpy(&two, a + m * a_row + d, sizeof two);
+                acc[m] += (vec)(pairs{} + two) * row;
+            }
+        }
+    turn(acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; i++) out[i] = acc[2 * i] + acc[2 * i + 1];
 }
 
 // Eight rows and HALF columns, where the other columns are not needed.
@@ -248,7 +295,8 @@ INLINE double dot(const float* a, const float* b, int width) {
 // out[i] = row i of a . row i of b, for `count` (a multiple of L) rows of the same stride
 SHARED void row_products(float* out, const float* a, const float* b, int stride, int count, int width) {
     for (int i = 0; i < count; i += L) {
-        vec acc[L] = {};
+        vec acc[L];
+        clear(acc);
         for (int j = 0; j < L; j++)
             for (int k = 0; k < width; k += L) acc[j] += load(a + (i + j) * stride + k) * load(b + (i + j) * stride + k);
         store(out + i, sums(acc));
@@ -257,7 +305,8 @@ SHARED void row_products(float* out, const float* a, const float* b, int stride,
 
 // The inner products of two rows with L / 2 others: lane j is row0 . others[j], lane L / 2 + j row1 . others[j].
 INLINE vec products_with(const float* row0, const float* row1, const float* others, int64_t stride, int width) {
-    vec acc[L] = {};
+    vec acc[L];
+    clear(acc);
     for (int at = 0; at < width; at += L) {
         vec r0 = load(row0 + at), r1 = load(row1 + at);
 #pragma GCC unroll 8

@@ -4,6 +4,8 @@
 //   erase none   write  w u^T              erase tied   write  y (u + S^T x)^T           erase free   write  y (S^T x)^T + w u^T
 // where x reads S before the micro-step, and reads S^T q (or S q, if the program acts on rows) of S between micro-steps.
 #pragma once
+#include <optional>
+
 #include "micro.h"
 
 namespace fw {
@@ -125,6 +127,26 @@ struct Scratch {
     }
 };
 float* scratch(int64_t numbers);
+
+// The heads that a task takes abreast, block after block: what a token brings for several heads lies in the same pages of memory, which are
+// looked up once. As many as leave two tasks a thread, so that threads come out even.
+constexpr int MOST_ABREAST = 2;
+INLINE int abreast(int64_t batch, int64_t heads, int64_t threads) {
+    return heads % MOST_ABREAST == 0 && batch * heads / MOST_ABREAST >= 2 * threads ? MOST_ABREAST : 1;
+}
+
+template <class Pass>
+struct Abreast {
+    const int count;
+    std::optional<Pass> passes[MOST_ABREAST];
+
+    Abreast(const Problem& p, int heads) : count(heads) {
+        const int64_t room = round_up(Pass::size(p), 16);
+        float* memory = scratch(count * room);
+        for (int i = 0; i < count; i++) passes[i].emplace(p, memory + i * room);
+    }
+    Pass& operator[](int i) { return *passes[i]; }
+};
 
 // Runs work(context, i) for i < tasks on up to `threads` threads of the runtime that torch has loaded, where numbers below the normal
 // ones are zeros meanwhile.

@@ -13,6 +13,14 @@ namespace fw {
 
 constexpr int ROWS = L;  // rows a block: their inner products fill a vector
 
+// Whether rows that go elsewhere are copied there and changed in place. On Intel's processors a copy of whole lines need not fetch what it
+// overwrites, as single stores do: half the time where that is far away. On AMD's it is a tenth more.
+#if defined(__x86_64__)
+static const bool COPIES = __builtin_cpu_is("intel");
+#else
+constexpr bool COPIES = false;
+#endif
+
 struct StepMicro {
     float *x, *y, *w, *a;       // [Kp], `a` missing if nothing decays
     float cx, cu;
@@ -70,7 +78,8 @@ struct Step {
 
     // out[i] = row i . x
     INLINE vec inner(const float* rows, int64_t stride, const float* x) const {
-        vec acc[ROWS] = {};
+        vec acc[ROWS];
+        clear(acc);
         for (int i = 0; i < ROWS; i += 4)
             for (int k = 0; k < Kp; k += L) {
                 vec xk = load(x + k);
@@ -113,7 +122,6 @@ struct Step {
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
             for (int n = 0; n < N; n++) {
-                __builtin_prefetch(from + (ROWS + i) * stride + k + n * L, 0, 0);  // of the next block
                 vec x = load(from + i * stride + k + n * L);
                 if (DECAY) x *= a[n];
                 if (Y) x += first[i] * y[n];
@@ -146,17 +154,25 @@ struct Step {
         else go(std::false_type{}, std::false_type{});
     }
 
-    // Where the one query reads after the one micro-step, a second look at the rows is spared:
-    //   w_after . q = w . (a q) + (u + w . x) (y . q)
-    INLINE void usual_rows(float* to, int64_t to_stride, const float* from, int64_t stride, int v, int count) const {
-        float out[ROWS];
+    // w . x and w . (a q) of a block of rows
+    struct Seen {
+        vec of_x, of_q;
+    };
+    INLINE Seen look(const float* from, int64_t stride) const {
         const float* x = micro[0].x ? micro[0].x : decayed_q;
         const vec above = products_with(x, decayed_q, from, stride, Kp);
         const vec below = products_with(x, decayed_q, from + L / 2 * stride, stride, Kp);
+        return {first_halves(above, below), second_halves(above, below)};
+    }
+
+    // Where the one query reads after the one micro-step, a second look at the rows is spared:
+    //   w_after . q = w . (a q) + (u + w . x) (y . q)
+    INLINE void usual_rows(float* to, int64_t to_stride, const float* from, int64_t stride, int v, int count, Seen seen) const {
+        float out[ROWS];
         vec u = values(p.micro[0].u, v, count, micro[0].cu), val = {};
-        if (p.erase != NO_ERASE && micro[0].x) val = first_halves(above, below) * micro[0].cx;
+        if (p.erase != NO_ERASE && micro[0].x) val = seen.of_x * micro[0].cx;
         if (p.erase == TIED) val += u;
-        store(out, second_halves(above, below) + val * y_of_q + u * w_of_q);
+        store(out, seen.of_q + val * y_of_q + u * w_of_q);
         const Tensor& t = p.read[0].out;
         store_row(t, t.offset(b, 0, h, p.H) + v * t.channel, out, count, 1, false);
         advance(to, to_stride, from, stride, 0, val, u);
@@ -164,7 +180,7 @@ struct Step {
 
     // All micro-steps and reads of a block of rows, from where they are to where the new ones belong.
     INLINE void rows(float* to, int64_t to_stride, const float* from, int64_t stride, int v, int count) const {
-        if (decayed_q) return usual_rows(to, to_stride, from, stride, v, count);
+        if (decayed_q) return usual_rows(to, to_stride, from, stride, v, count, look(from, stride));
         for (int i = 0; i < p.n; i++) {
             read(i, from, stride, v, count);
             vec u = values(p.micro[i].u, v, count, micro[i].cu), val = {};
@@ -266,23 +282,36 @@ struct Step {
         const float* from = reinterpret_cast<const float*>(p.first.data) + b * p.first.batch + h * p.first.head;
         float* to = reinterpret_cast<float*>(p.last.data) + b * p.last.batch + h * p.last.head;
         if (p.first.channel != 1 && p.first.time == 1 && p.last.time == 1) return run_beside(from, to);
-        for (int v = 0; v < p.V; v += ROWS) {
+        const int whole = Kp == p.K ? static_cast<int>(p.V) / ROWS * ROWS : 0;
+        run_blocks(to, from, whole);
+        for (int v = whole; v < p.V; v += ROWS) {  // what does not fill vectors goes through a block
             const float* at = from + v * p.first.time;
             float* there = to + v * p.last.time;
-            if (Kp == p.K && v + ROWS <= p.V) {
-                // A copy of whole lines need not fetch what it overwrites, as single stores would: half the time where that is far away.
-                if (there != at && p.first.time == p.K && p.last.time == p.K) {
-                    std::memcpy(there, at, sizeof(float) * p.K * ROWS);
-                    at = there;
-                }
-                rows(there, p.last.time, at, p.first.time, v, ROWS);
-                continue;
-            }
-            const int count = p.V - v < ROWS ? static_cast<int>(p.V) - v : ROWS;  // what does not fill vectors goes through a block
+            const int count = p.V - v < ROWS ? static_cast<int>(p.V) - v : ROWS;
             for (int i = 0; i < ROWS; i++)
                 for (int k = 0; k < Kp; k++) block[i * Kp + k] = i < count && k < p.K ? at[i * p.first.time + k] : 0;
             rows(block, Kp, block, Kp, v, count);
             for (int i = 0; i < count; i++) std::memcpy(there + i * p.last.time, block + i * Kp, sizeof(float) * p.K);
+        }
+    }
+
+    // The next block is looked at before this one is written: its sums are ready when they are needed.
+    void run_blocks(float* to, const float* from, int whole) const {
+        const int64_t stride = p.first.time, to_stride = p.last.time;
+        const bool copied = to != from && COPIES && stride == p.K && to_stride == p.K;
+        Seen next = decayed_q && whole ? look(from, stride) : Seen{};
+        for (int v = 0; v < whole; v += ROWS) {
+            const float* at = from + v * stride;
+            float* there = to + v * to_stride;
+            if (copied) std::memcpy(there, at, sizeof(float) * p.K * ROWS);
+            const float* now = copied ? there : at;
+            if (!decayed_q) {
+                rows(there, to_stride, now, stride, v, ROWS);
+                continue;
+            }
+            const Seen seen = next;
+            if (v + ROWS < whole) next = look(at + ROWS * stride, stride);
+            usual_rows(there, to_stride, now, stride, v, ROWS, seen);
         }
     }
 };

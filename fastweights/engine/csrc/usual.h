@@ -28,7 +28,7 @@ struct Usual {
     static int64_t most_tokens(const Problem&) { return N; }
     Head& head() { return block.head; }
 
-    explicit Usual(const Problem& problem) : p(problem), memory{scratch(size(p))}, block(p, memory, false), at(block.at) {
+    Usual(const Problem& problem, float* room) : p(problem), memory{room}, block(p, memory, false), at(block.at) {
         S = memory.take(at.state()), val = memory.take(N * at.Vp), out = memory.take(N * at.Vp);
     }
 

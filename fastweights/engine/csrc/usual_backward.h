@@ -20,6 +20,7 @@ struct UsualBackward {
     using Part = Block<DECAY, ERASE, L / 2>;
     static constexpr int N = Part::N, SETS = Part::SETS, EVENTS = Part::EVENTS, READERS = Part::READERS, X = Part::X, Q = Part::Q;
     static_assert(ERASE != NO_ERASE && READERS == L, "readers fill a vector");
+    static constexpr bool PAIRS = EVENTS < L;  // events fill half a vector
     static constexpr int W = NV * L, SCORES = N / 2 * Part::GROUP;
     const Problem& p;
     Scratch memory;
@@ -41,7 +42,7 @@ struct UsualBackward {
     }
     static int64_t most_tokens(const Problem&) { return N; }
 
-    explicit UsualBackward(const Problem& problem) : p(problem), memory{scratch(size(p))}, block(p, memory, true), at(block.at) {
+    UsualBackward(const Problem& problem, float* room) : p(problem), memory{room}, block(p, memory, true), at(block.at) {
         states = memory.take(slots(p) * at.state()), zeros = memory.take(at.state()), dS = memory.take(at.state());
         given = memory.take(L * at.Vp), values = memory.take(L * at.Vp), du = memory.take(N * at.Vp);
         seen = memory.take(L * at.Vp), written = memory.take(L * at.Vp);
@@ -69,20 +70,22 @@ struct UsualBackward {
         block.ahead = N;
         load(token, count, row);
         block.decay_events();
-        for (int n = 0; n < at.panels; n++)
-            for (int s = 0; s < SETS; s++) add(slot, s ? slot : from, n, s == 0, block.ends + s * N * at.Kp, values + s * N * at.Vp, block.to_end);
+        float numbers[EVENTS];
+        for (int s = 0; s < SETS; s++) std::memcpy(numbers + s * N, block.to_end, sizeof block.to_end);
+        add<EVENTS>(slot, from, block.ends, values, numbers);
     }
 
-    // One panel of: to = from, decayed if `first`, + the sum over N of keys times numbers times rows
-    INLINE void add(float* to, const float* from, int n, bool first, const float* keys, const float* rows, const float* numbers) {
-        vec value[N][NV];
-#pragma GCC unroll 8
-        for (int e = 0; e < N; e++)
+    // to = from, decayed, + the sum over E of keys times numbers times rows
+    template <int E>
+    INLINE void add(float* to, const float* from, const float* keys, const float* rows, const float (&numbers)[E]) {
+        for (int n = 0; n < at.panels; n++, to += at.Kp * W, from += at.Kp * W, rows += W) {
+            vec value[E][NV];
+#pragma GCC unroll 16
+            for (int e = 0; e < E; e++)
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; v++) value[e][v] = fw::load(rows + e * at.Vp + n * W + v * L) * numbers[e];
-        const int64_t panel = n * static_cast<int64_t>(at.Kp) * W;
-        if (first) write_panel<DECAY>(block.next, to + panel, from + panel, block.total, keys, at.Kp, value);
-        else write_panel<NO_DECAY>(block.next, to + panel, from + panel, block.total, keys, at.Kp, value);
+                for (int v = 0; v < NV; v++) value[e][v] = fw::load(rows + e * at.Vp + v * L) * numbers[e];
+            write_panel<DECAY>(block.next, to, from, block.total, keys, at.Kp, value);
+        }
     }
 
     void run(const float* S, int64_t token, int count, int64_t row) {
@@ -90,9 +93,10 @@ struct UsualBackward {
         load(token, count, row);
         block.load_readers();
         block.rows(given + Q * N * at.Vp, to.read[0].out, at.V, at.Vp);
+        soon();
         block.scores();
         for (int n = 0; n < at.panels; n++) gradient_of_values(n);
-        turn();
+        turn_values();
         weights();
         for (int i = 0; i < L; i++) of_reader[i] = of_event[i] = of_x[i] = vec{};
         for (vec& x : whole) x = vec{};
@@ -100,6 +104,15 @@ struct UsualBackward {
         if (DECAY == PER_HEAD) log_per_head();
         advance();
         give();
+    }
+
+    // The rows that the block after this one writes
+    void soon() {
+        const Micro& d = to.micro[0];
+        block.soon(to.read[0].q, at.K);
+        for (const Tensor* t : {&d.x, &d.y, &d.w}) block.soon(*t, at.K);
+        if (DECAY == PER_KEY) block.soon(d.g, at.K);
+        block.soon(d.u, at.V);
     }
 
     // ---- values ------------------------------------------------------------------------------------------------------
@@ -153,17 +166,16 @@ struct UsualBackward {
             for (int v = 0; v < NV; v++) store(rows + e * at.Vp + n * W + v * L, d[e][v]);
     }
 
-    void turn() {
+    void turn_values() {
         transpose(seen, L, given, at.Vp, L, at.Vp);
-        transpose(written, L, values, at.Vp, L, at.Vp);
+        if (PAIRS) transpose_pairs(written, values, at.Vp, at.Vp);
+        else transpose(written, L, values, at.Vp, L, at.Vp);
         if (DECAY != PER_HEAD) return;
-        float events[L] = {};
-        for (int s = 0; s < SETS; s++) std::memcpy(events + s * N, block.to_end, sizeof block.to_end);
+        float events[L];
+        for (int i = 0; i < L; i++) events[i] = block.to_end[PAIRS ? i / 2 : i % N];
         const vec left = fw::load(block.left), to_end = fw::load(events);
-        for (int v = 0; v < at.Vp; v++) {
-            store(seen + v * L, fw::load(seen + v * L) * left);
-            store(written + v * L, fw::load(written + v * L) * to_end);
-        }
+        for (int v = 0; v < at.Vp; v++) store(seen + v * L, fw::load(seen + v * L) * left);
+        for (int v = 0; v < (PAIRS ? at.Vp / 2 : at.Vp); v++) store(written + v * L, fw::load(written + v * L) * to_end);
     }
 
     // weight = gradient of what a reader read . value of an event, where it sees it
@@ -182,7 +194,8 @@ struct UsualBackward {
         float T[L * L], U[L * L];
         vec log[N];
         product(T, S, seen, k);
-        product(U, dS, written, k);
+        if (PAIRS) narrow_product(U, k);
+        else product(U, dS, written, k);
         if (DECAY == PER_KEY) per_key(S, k, T, U, log);
         else per_head(S, k, T, U);
         for (int i = 0; i < N; i++) {
@@ -208,6 +221,13 @@ struct UsualBackward {
         block.next.fetch();
         tile<L, 1, ZERO>(sums, L, state + k * W, W, 1, columns, L, W, nullptr, nullptr, 0, at.panels, static_cast<int64_t>(at.Kp) * W);
         transpose(out, L, sums, L, L, L);
+    }
+    INLINE void narrow_product(float* out, int k) {
+        vec rows[L / 2];
+        block.next.fetch();
+        narrow_tile(rows, dS + k * W, W, written, W, at.panels, static_cast<int64_t>(at.Kp) * W);
+#pragma GCC unroll 8
+        for (int e = 0; e < L / 2; e++) store(out + e * L, rows[e]);
     }
 
     // Where a number decays all keys it is part of T, U and the weights.
@@ -269,7 +289,7 @@ struct UsualBackward {
             later += through(T + (Q * N + v - 1) * L, block.scaled + (Q * N + v - 1) * K + k, so_far[v]);
             log[v - 1] = later;
         }
-        vec before = row_sums(at, S, dS, k) * so_far[N];  // what passes through all of the block, and what events before a token leave in S
+        vec before = whole_rows(S, k) * so_far[N];  // what passes through all of the block, and what events before a token leave in S
 #pragma GCC unroll 8
         for (int e = 0; e < N; e++) {
             log[e] += before;
@@ -311,6 +331,20 @@ struct UsualBackward {
         }
     }
 
+    // a row of S_0 . the same row of dS, for L keys from k on
+    INLINE vec whole_rows(const float* S, int k) const {
+        vec products[L];
+        clear(products);
+        for (int n = 0; n < at.panels; n++) {
+            const int64_t of = (static_cast<int64_t>(n) * at.Kp + k) * W;
+#pragma GCC unroll 16
+            for (int j = 0; j < L; j++)
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; v++) products[j] += fw::load(S + of + (j * NV + v) * L) * fw::load(dS + of + (j * NV + v) * L);
+        }
+        return sums(products);
+    }
+
     // The product of a decayed row with its gradient, which decays in its turn.
     INLINE vec through(float* t, const float* row, vec left) const {
         const vec d = fw::load(t);
@@ -348,9 +382,7 @@ struct UsualBackward {
     void advance() {
         float numbers[READERS];
         for (int r = 0; r < READERS; r++) numbers[r] = block.left[r] * (r < N ? block.cx[r] : 1.0f);
-        for (int n = 0; n < at.panels; n++)
-            for (int kind = 0; kind < 2; kind++)
-                add(dS, dS, n, kind == 0, block.scaled + kind * N * at.Kp, given + kind * N * at.Vp, numbers + kind * N);
+        add<READERS>(dS, dS, block.scaled, given, numbers);
     }
 
     void put(const Tensor& t, const float* rows, int width, int padded, const float* scales = nullptr) const {
@@ -384,7 +416,8 @@ struct UsualBackward {
         put(to.micro[0].u, d, at.V, at.Vp, block.cu);
         if (!to.micro[0].cu) return;
         block.rows(block.u, u, at.V, at.Vp);
-        vec products[L] = {};
+        vec products[L];
+        clear(products);
         for (int i = 0; i < N; i++)
             for (int v = 0; v < at.Vp; v += L) products[i] += fw::load(block.u + i * at.Vp + v) * fw::load(d + i * at.Vp + v);
         float number[L];

@@ -1,10 +1,11 @@
 # make demo   check rules, train two small models on real text, compare them, write from one
-# make test   the fast suite; make test-slow the rest; make test-brian with Brian2; make sanitize the kernels under sanitizers; make wheel a wheel, tried
+# make test   the fast suite; make test-slow the rest; make test-brian with Brian2, test-transformers with an older
+#             transformers; make sanitize the kernels under sanitizers; make wheel a wheel, tried
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-brian wheel sanitize lint types format clean
+.PHONY: demo test test-slow test-brian test-transformers wheel sanitize lint types format clean
 
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 KERNELS := CMakeLists.txt $(wildcard fastweights/engine/csrc/*)
@@ -30,6 +31,11 @@ test-slow: $(STAMP)
 test-brian: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target build/brian 'brian2>=2.9' 'numpy<2.4'
 	PYTHONPATH=build/brian $(BIN)/python -m pytest tests/neuro/test_synapses.py -k brian
+
+# models of transformers as they were before 5.15
+test-transformers: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target build/transformers 'transformers==5.14.*' 'numpy<2.4'
+	PYTHONPATH=build/transformers $(BIN)/python -m pytest -n 2 tests/hf
 
 # a wheel for all instruction sets of this processor family, tried in an environment of its own
 wheel: $(STAMP)

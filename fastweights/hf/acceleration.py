@@ -1,8 +1,8 @@
 """Other people's models on this engine: the functions that transformers' layers call are exchanged while it is switched on.
 
-The seams are the names that a layer looks up in its module when it runs (transformers 5.15 and later), or the attributes that it took
-them into when it was made (before). On a processor a call that is served runs here; any other call, and every call on another device,
-goes to the function that was there.
+The seams are the names that a layer looks up in its module when it runs (transformers 5.15 and later), or (before) the attributes that it
+took them into when it was made, and methods of layers that hold their own scan. On a processor a call that is served runs here; any other
+call, and every call on another device, goes to the function that was there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import functions
+from . import functions, layers
 
 Function = Callable[..., Any]
 
@@ -53,6 +53,9 @@ _FROM_ONE = ("Qwen3Next", "Qwen3_5", "Qwen3_5Moe")
 _GATED_NORMS = dict.fromkeys(("Mamba", *_GATE_FIRST), functions.gate_then_norm)
 _GATED_NORMS |= dict.fromkeys((*_GATE_LAST, *_FROM_ONE, "Qwen4ExpText"), functions.norm_then_gate)
 _NORMS = dict.fromkeys(("Mamba2", *_GATE_FIRST, *_GATE_LAST, "MiniMax"), "hidden_states") | dict.fromkeys(_FROM_ONE, "x")
+# The layers that hold their own scan before transformers 5.15
+_OLD_LAYERS = dict.fromkeys(("Mamba2Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer", "FalconH1Mixer"), layers.mamba2)
+_OLD_LAYERS |= dict.fromkeys(("Zamba2MambaMixer", "NemotronHMamba2Mixer"), layers.zamba2)
 _SSD_STEP = ("state", "hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus")
 SEAMS = (
     Seam("torch_chunk_gated_delta_rule", "chunk_gated_delta_rule", _DELTA, functions.gated_delta, functions.serves_delta),
@@ -68,8 +71,12 @@ SEAMS = (
     ),
     Seam("xLSTMBackend.forward", None, ("query", "igate", "fgate", "c_initial"), functions.mlstm, functions.serves_mlstm),
     Seam(
-        "MiniMaxLightningAttention.forward", None, ("hidden_states", "attention_mask", "cache"),
-        functions.lightning, functions.serves_lightning,
+        "MiniMaxLightningAttention.forward", None, ("hidden_states", "attention_mask"),
+        layers.lightning, layers.serves_lightning,
+    ),
+    *(
+        Seam(f"{name}.torch_forward", None, ("cache_params", "attention_mask"), instead, layers.serves_mamba2)
+        for name, instead in _OLD_LAYERS.items()
     ),
     *(
         Seam(f"{name}RMSNormGated.forward", None, ("hidden_states", "gate"), instead, functions.serves_gated_norm)
@@ -78,6 +85,15 @@ SEAMS = (
     *(Seam(f"{name}RMSNorm.forward", None, (x,), functions.norm, functions.serves_norm) for name, x in _NORMS.items()),
 )  # fmt: skip
 _BY_NAME = {seam.name: seam for seam in SEAMS}
+# What a layer has under other names before transformers 5.15, or has not: then it calls its own convolution
+_CONV_OF_X = Seam("", "causal_conv1d_fn", ("x", "weight", "bias", "activation"), functions.conv_of_x, functions.serves_conv_of_x)
+_HELD = (
+    _CONV_OF_X,
+    Seam(
+        "", "causal_conv1d_update", ("hidden_states", "conv_state", "weight", "bias", "activation"),
+        functions.conv_step, functions.serves_conv_step,
+    ),
+)  # fmt: skip
 
 
 class _Switch(threading.local):
@@ -158,10 +174,9 @@ class _Exchanges:
                 setattr(owner, last, _exchange(found, seam))
                 report.exchanged.append(where)
         for cls in (c for c in vars(module).values() if isinstance(c, type) and "torch_forward" in vars(c)):
-            where = f"{module.__name__.rpartition('.')[2]}.{cls.__name__}.torch_forward"
-            report.refused[where] = (
-                "its scan is written into the layer, as before transformers 5.15: only its norms are served; upgrade transformers"
-            )
+            if (method := f"{cls.__name__}.torch_forward") not in _BY_NAME:
+                where = f"{module.__name__.rpartition('.')[2]}.{method}"
+                report.refused[where] = "its scan is written into the layer, which is not known here: only its norms are served"
 
     def remove(self, name: str, user: Any) -> None:
         users = self.users.get(name)
@@ -206,11 +221,11 @@ class enable:
     """Run the linear-attention layers of transformers on this engine, wherever they run on a processor.
 
     ``enable()`` holds until ``disable()``, or for a block: ``with enable() as report: ...``. Models that are already loaded, and
-    those that are loaded later, are the same to it (before transformers 5.15 layers keep their functions: ``accelerate`` models that
-    were there before). Gated delta (Qwen3-Next, Qwen3.5, OLMo-hybrid), KDA (Kimi-Linear,
-    Bailing-hybrid), Mamba-2 with its relatives, mLSTM (xLSTM) and lightning attention (MiniMax) run forward, backward and token by
-    token, their short convolutions and norms too, and packed sequences work. ``report`` says what was exchanged, and what was
-    refused and why.
+    those that are loaded later, are the same to it (before transformers 5.15 layers with a delta rule keep their functions:
+    ``accelerate`` models that were there before, which serves their convolutions too). Gated delta (Qwen3-Next, Qwen3.5,
+    OLMo-hybrid), KDA (Kimi-Linear, Bailing-hybrid), Mamba-2 with its relatives, mLSTM (xLSTM) and lightning attention (MiniMax) run
+    forward, backward and token by token, their short convolutions and norms too, and packed sequences work. ``report`` says what was
+    exchanged, and what was refused and why.
 
     >>> from fastweights import hf
     >>> with hf.enable() as report:
@@ -272,8 +287,10 @@ def accelerate(model: nn.Module) -> Report:
             continue
         layer.register_forward_pre_hook(_enter)
         layer.register_forward_hook(_leave, always_call=True)
-        for seam in SEAMS:  # before 5.15 a layer keeps its functions
+        for seam in (*SEAMS, *_HELD):  # before 5.15 a layer keeps its functions
             held = getattr(layer, seam.attribute, None) if seam.attribute else None
+            if held is None and seam is _CONV_OF_X and seam.attribute in layer.__dict__:
+                held = functions.conv_in_torch
             if callable(held) and not hasattr(held, "fastweights_original") and not _unfit(held, seam):
                 setattr(layer, seam.attribute, _exchange(held, seam))  # type: ignore[arg-type]
     report.exchanged = sorted(set(report.exchanged))
@@ -289,10 +306,11 @@ def restore(model: nn.Module) -> None:
             for number in [n for n, hook in hooks.items() if hook in (_enter, _leave)]:
                 del hooks[number]
                 layer._forward_hooks_always_called.pop(number, None)
-        for seam in SEAMS:
+        for seam in (*SEAMS, *_HELD):
             held = layer.__dict__.get(seam.attribute) if seam.attribute else None
             if held is not None and hasattr(held, "fastweights_original"):
-                setattr(layer, seam.attribute, held.fastweights_original)  # type: ignore[arg-type]
+                was = held.fastweights_original
+                setattr(layer, seam.attribute, None if was is functions.conv_in_torch else was)  # type: ignore[arg-type]
         _exchanges.remove(type(layer).__module__, layer)
 
 
@@ -304,7 +322,7 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
             continue
         code = inspect.unwrap(type(layer).forward).__code__
         calls = any(seam.name in code.co_names or seam.attribute in layer.__dict__ for seam in SEAMS)
-        if calls or f"{type(layer).__name__}.forward" in _BY_NAME:
+        if calls or any(f"{type(layer).__name__}.{method}" in _BY_NAME for method in ("forward", "torch_forward")):
             yield layer
 
 

@@ -23,7 +23,7 @@ from ..rules.hebb import mlstm as mlstm_rule
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _is_float(*given: Any) -> bool:
+def is_float(*given: Any) -> bool:
     return all(x is None or (isinstance(x, Tensor) and x.dtype in _FLOATS) for x in given)
 
 
@@ -31,7 +31,7 @@ def _is_float(*given: Any) -> bool:
 
 
 def serves_delta(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **more: Any) -> bool:
-    return query.ndim == 4 and _is_float(query, key, value, g, beta, more.get("initial_state"))
+    return query.ndim == 4 and is_float(query, key, value, g, beta, more.get("initial_state"))
 
 
 def gated_delta(
@@ -79,7 +79,7 @@ def serves_ssd(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tenso
     packed = more.get("seq_idx")
     return (
         hidden_states.ndim == 4
-        and _is_float(hidden_states, dt, A, B, C, more.get("initial_states"))
+        and is_float(hidden_states, dt, A, B, C, more.get("initial_states"))
         and more.get("z") is None
         and (packed is None or not more.get("return_final_states"))
     )
@@ -110,7 +110,7 @@ def serves_ssd_step(state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor,
     a_head = [dt.stride(-1) == 0, A.ndim == 3 and A.stride(1) == A.stride(2) == 0]
     a_head += [x.ndim == 2 and x.stride(-1) == 0 for x in (D, bias) if x is not None]
     plain = len(rest) < 2 and not torch.is_grad_enabled() and state.dtype == torch.float32
-    return plain and all(a_head) and _is_float(state, hidden_states, dt, A, B, C)
+    return plain and all(a_head) and is_float(state, hidden_states, dt, A, B, C)
 
 
 def ssd_step(
@@ -131,7 +131,7 @@ def ssd_step(
 
 
 def serves_mlstm(self: Any, query: Tensor, key: Tensor, value: Tensor, igate: Tensor, fgate: Tensor, *_: Any, **__: Any) -> bool:
-    return query.ndim == 4 and _is_float(query, key, value, igate, fgate)
+    return query.ndim == 4 and is_float(query, key, value, igate, fgate)
 
 
 def mlstm(
@@ -150,33 +150,6 @@ def mlstm(
     return (h, (W.transpose(-1, -2), n, m.unsqueeze(-1))) if keep else h
 
 
-# ---- lightning attention (MiniMax) -----------------------------------------------------------------------------------
-
-
-def serves_lightning(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> bool:
-    return hidden_states.ndim == 3 and _is_float(hidden_states)
-
-
-def lightning(
-    self: Any, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Tensor | None = None, cache: Any = None, **_: Any
-) -> tuple[Tensor, Tensor]:
-    """The whole layer: its rule, with a fixed decay a head and neither scale nor norm, is written into its forward."""
-    B, T, _d = hidden_states.shape
-    mixed = self.act_fn(self.qkv_proj(hidden_states))
-    if attention_mask is not None and attention_mask.shape == (B, T):
-        mixed = mixed * attention_mask.unsqueeze(-1).to(mixed.dtype)
-    q, k, v = mixed.view(B, T, self.num_attention_heads, 3, self.head_dim).float().unbind(3)
-    state = None if cache is None else cache.get_linear_cache(self.layer_idx)
-    W = None if state is None else state.float().transpose(-1, -2)
-    g = -self.slope_rate.float().flatten().expand(B, T, -1)
-    y, W = scan(R.decayed_hebb, q=q, k=k, v=v, g=g, state=W)
-    state = W.transpose(-1, -2).to(hidden_states.dtype)
-    if cache is not None:
-        cache.set_linear_cache(self.layer_idx, state)
-    y = self.norm(y.flatten(2).to(hidden_states.dtype))
-    return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * y), state
-
-
 # ---- norms, and the gate of what is read ------------------------------------------------------------------------------
 
 _GATES = {"silu": "swish", "swish": "swish", "sigmoid": "sigmoid"}
@@ -184,7 +157,7 @@ _GATES = {"silu": "swish", "swish": "swish", "sigmoid": "sigmoid"}
 
 def serves_gated_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> bool:
     like = gate is None or gate.shape == hidden_states.shape
-    return like and getattr(self, "activation", "silu") in _GATES and _is_float(gate) and serves_norm(self, hidden_states)
+    return like and getattr(self, "activation", "silu") in _GATES and is_float(gate) and serves_norm(self, hidden_states)
 
 
 def gate_then_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -202,7 +175,7 @@ def norm_then_gate(self: Any, hidden_states: Tensor, gate: Tensor | None = None)
 
 def serves_norm(self: Any, x: Tensor) -> bool:
     """What it gives has the type of x; theirs may have that of the weight."""
-    return _is_float(x) and x.numel() > 0 and torch.promote_types(self.weight.dtype, x.dtype) == x.dtype
+    return is_float(x) and x.numel() > 0 and torch.promote_types(self.weight.dtype, x.dtype) == x.dtype
 
 
 def norm(self: Any, x: Tensor) -> Tensor:
@@ -213,11 +186,12 @@ def norm(self: Any, x: Tensor) -> Tensor:
 
 # ---- the short convolution -------------------------------------------------------------------------------------------
 
-_ACTIVATIONS = (None, "silu", "swish")
+SWISH = ("silu", "swish")
+_ACTIVATIONS = (None, *SWISH)
 
 
 def serves_conv(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Any = None, **_: Any) -> bool:
-    return hidden_states.ndim == 3 and activation in _ACTIVATIONS and _is_float(hidden_states, weight, bias)
+    return hidden_states.ndim == 3 and activation in _ACTIVATIONS and is_float(hidden_states, weight, bias)
 
 
 def conv(
@@ -238,6 +212,21 @@ def conv(
     return y.transpose(1, 2)
 
 
+def serves_conv_of_x(x: Tensor, *args: Any, **more: Any) -> bool:
+    return serves_conv(x, *args, **more)
+
+
+def conv_of_x(x: Tensor, *args: Any, **more: Any) -> Tensor:
+    """The same under the name that layers before transformers 5.15 give its input."""
+    return conv(x, *args, **more)
+
+
+def conv_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any) -> Tensor:
+    """What those layers do where nobody gives them a function."""
+    y = F.conv1d(x, weight.unsqueeze(1), bias, padding=weight.shape[-1] - 1, groups=weight.shape[0])[..., : x.shape[-1]]
+    return y if activation is None else F.silu(y)
+
+
 def _spans(B: int, T: int, seq_idx: Tensor | None, ends: Tensor | None) -> list[list[tuple[int, int]]]:
     """Where the sequences packed into each row lie; nothing if every row is one."""
     if seq_idx is not None:
@@ -252,7 +241,7 @@ def _spans(B: int, T: int, seq_idx: Tensor | None, ends: Tensor | None) -> list[
 def serves_conv_step(
     hidden_states: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Any = None, **_: Any
 ) -> bool:
-    return activation in _ACTIVATIONS and not torch.is_grad_enabled() and _is_float(hidden_states, conv_state, weight, bias)
+    return activation in _ACTIVATIONS and not torch.is_grad_enabled() and is_float(hidden_states, conv_state, weight, bias)
 
 
 def conv_step(

@@ -101,7 +101,8 @@ def _minimax():
 BUILDERS = (
     _qwen3_next, _qwen3_5, _olmo_hybrid, _kimi_linear, _mamba2, _bamba, _falcon_h1, _granite, _nemotron_h, _xlstm, _minimax,
 )  # fmt: skip
-FAMILIES = {f.__name__[1:]: f for f in BUILDERS}
+OLD = not hasattr(transformers, "KimiLinearConfig")  # before transformers 5.15, whose Nemotron-H went wrong after its first chunk
+FAMILIES = {f.__name__[1:]: f for f in BUILDERS if not (OLD and f in (_kimi_linear, _nemotron_h))}
 OTHERS = {f.__name__[1:]: f for f in (_bailing_hybrid, _zamba2)}
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 import pickle
@@ -23,6 +24,9 @@ from fastweights.hf import acceleration  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 IDS = torch.randint(3, 97, (2, 50), generator=torch.Generator().manual_seed(1))
+
+
+since_5_15 = pytest.mark.skipif(models.OLD, reason="transformers has no such thing before 5.15")
 
 
 def logits(model, ids=IDS, **more):
@@ -55,6 +59,7 @@ def calls(monkeypatch):
     return seen
 
 
+@pytest.mark.skipif(models.OLD, reason="layers keep the functions that they were made with")
 def test_logits_and_generation_are_the_same(model, monkeypatch):
     seen = calls(monkeypatch)
     plain, written = logits(model), model.generate(IDS[:, :11], max_new_tokens=12, do_sample=False)
@@ -103,13 +108,58 @@ def test_types_are_those_of_transformers(types):
     assert fast.dtype == norm(x, x).dtype
 
 
-def test_a_scan_inside_of_a_layer_is_refused_by_name(monkeypatch):
-    """As Mamba-2 had it before transformers 5.15."""
+def test_a_scan_inside_of_an_unknown_layer_is_refused_by_name(monkeypatch):
     from transformers.models.mamba2 import modeling_mamba2 as module
 
-    monkeypatch.setattr(module.Mamba2Mixer, "torch_forward", lambda self: None, raising=False)
+    monkeypatch.setattr(module, "OtherMixer", type("OtherMixer", (), {"torch_forward": lambda self: None}), raising=False)
     with hf.enable() as report:
-        assert "upgrade transformers" in report.refused["modeling_mamba2.Mamba2Mixer.torch_forward"]
+        assert "not known here" in report.refused["modeling_mamba2.OtherMixer.torch_forward"]
+
+
+def test_an_accelerated_model_is_the_same_in_both_eras(model):
+    """Whole, padded, written, and several tokens on top of a cache."""
+    mask = torch.ones_like(IDS)
+    mask[1, :7] = 0
+
+    def everything():
+        written = model.generate(IDS[:, :11], max_new_tokens=12, do_sample=False)
+        first = model(IDS[:, :20], use_cache=True)
+        cache = {n: first[n] for n in ("past_key_values", "cache_params") if first.get(n) is not None}
+        with torch.no_grad():
+            more = model(IDS[:, 20:33], use_cache=True, **cache).logits
+        return written, logits(model), logits(model, attention_mask=mask)[mask.bool()], more.detach()
+
+    plain = everything()
+    hf.accelerate(model)
+    fast = everything()
+    hf.restore(model)
+    assert torch.equal(fast[0], plain[0])
+    for a, b in zip(fast[1:], plain[1:], strict=True):
+        close(a, b)
+    assert torch.equal(logits(model), plain[1])
+
+
+@since_5_15
+@pytest.mark.parametrize("family", ["mamba2", "bamba", "falcon_h1", "granite", "nemotron_h", "zamba2"])
+def test_layers_with_a_scan_of_their_own_are_those_of_today(family):
+    """What stands in for Mamba-2 and its relatives before transformers 5.15, beside the layers since."""
+    model = models.build(family)
+    known = acceleration._OLD_LAYERS
+    layer = next(x for x in model.modules() if type(x).__name__ in known)
+    instead = known[type(layer).__name__]
+    layer.time_step_min, layer.time_step_limit = 0.0, (0.0, float("inf"))
+    x, draw = torch.randn(2, 40, 64, requires_grad=True), torch.randn(2, 40, 64)
+    mask = torch.ones(2, 40)
+    mask[1, :7] = 0
+    both = [f(x, None, mask) for f in (layer, functools.partial(instead, layer))]
+    close(both[1], both[0])
+    wanted = [x, layer.A_log, layer.dt_bias, layer.D, layer.conv1d.weight, layer.in_proj.weight]
+    for a, b in zip(*[torch.autograd.grad((y * draw).sum(), wanted) for y in reversed(both)], strict=True):
+        close(a, b)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = instead(layer, x)
+        close(torch.cat([instead(layer, piece, cache) for piece in x.split([13, 1, 1, 20, 5], 1)], 1), whole)
 
 
 def test_gradients_are_the_same(model):
@@ -208,6 +258,7 @@ def test_nested_switches_end_one_by_one():
     hf.disable()
 
 
+@since_5_15
 def test_packed_sequences_of_kimi():
     """transformers itself runs them into each other."""
     layer = models.build("kimi_linear").model.layers[0].self_attn
@@ -217,6 +268,7 @@ def test_packed_sequences_of_kimi():
         close(layer(x, cu_seq_lens_q=ends), torch.cat(alone, 1))
 
 
+@since_5_15
 def test_packed_sequences_work():
     model = models.build("qwen3_next")
     layer = model.model.layers[0].linear_attn
@@ -228,6 +280,7 @@ def test_packed_sequences_work():
         close(layer(x, cu_seq_lens_q=ends), torch.cat(alone, 1))
 
 
+@since_5_15
 def test_packed_sequences_of_mamba():
     layer = models.build("mamba2").backbone.layers[0].mixer
     x, index = torch.randn(1, 30, 64), torch.tensor([[0] * 12 + [1] * 18], dtype=torch.int32)
@@ -255,7 +308,7 @@ def test_layers_that_keep_their_functions_are_served_too():
     class Layer(torch.nn.Module):
         def __init__(self, function):
             super().__init__()
-            self.chunk_gated_delta_rule = function
+            self.chunk_gated_delta_rule, self.causal_conv1d_fn = function, None
 
         def forward(self, **given):
             return self.chunk_gated_delta_rule(**given)[0]
@@ -272,8 +325,13 @@ def test_layers_that_keep_their_functions_are_served_too():
         hf.accelerate(layer)
         assert layer.chunk_gated_delta_rule is not original
         close(layer(**given), plain)
+        columns = {"x": torch.randn(2, 32, 20), "weight": torch.randn(32, 4), "bias": torch.randn(32), "activation": "silu"}
+        close(layer.causal_conv1d_fn(**columns, seq_idx=None), acceleration.functions.conv_in_torch(**columns))
+        with hf.enable():
+            close(layer.causal_conv1d_fn(**columns), acceleration.functions.conv_in_torch(**columns))
         hf.restore(layer)
         assert layer.chunk_gated_delta_rule is original
+        assert layer.causal_conv1d_fn is None
     finally:
         del sys.modules[module.__name__]
 
@@ -288,6 +346,7 @@ def test_another_device_goes_to_the_original(monkeypatch):
     assert not seen
 
 
+@since_5_15
 def test_models_imported_later_are_exchanged_too():
     code = """
 import transformers

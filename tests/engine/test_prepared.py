@@ -345,3 +345,19 @@ def test_no_more_is_kept_than_is_meant_to_and_no_rule(monkeypatch):
     del mine
     gc.collect()
     assert not [r for r in rules if r() is not None]
+
+
+def test_a_new_state_over_rows_of_the_old_one():
+    """W has gaps between its rows, and the new state begins where it does: some heads would write over others that are still to come."""
+    memory = torch.randn(2, 32, 128, 256, generator=torch.Generator().manual_seed(0))
+    W, out = memory[..., :128], memory.flatten()[: 2 * 32 * 128 * 128].view(2, 32, 128, 128)
+    one = {n: x[:, 0].float() for n, x in example(R.gated_delta, 2, 1, 32, 128, 128).items()}
+    found = [x.clone() for x in fw.step(R.gated_delta, W.clone(), **one)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        new = fw.step(R.gated_delta, W, out=out, **one)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(new, found, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()

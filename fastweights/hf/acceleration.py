@@ -33,7 +33,8 @@ Function = Callable[..., Any]
 class Seam:
     """A function of transformers: its names (in a module; on a layer), what its signature must have, and what stands in for it.
 
-    A name with a dot is the method of a class: the layers that call no function which could be exchanged.
+    A name with a dot is the method of a class: the layers that call no function which could be exchanged. It is one that the seam knows
+    only where the class has the method ``beside`` as well, if there is one.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Seam:
     needs: tuple[str, ...]
     instead: Function
     serves: Function
+    beside: str = ""
 
 
 _DELTA = ("query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
@@ -77,6 +79,11 @@ SEAMS = (
     *(
         Seam(f"{name}.torch_forward", None, ("cache_params", "attention_mask"), instead, layers.serves_mamba2)
         for name, instead in _OLD_LAYERS.items()
+    ),
+    *(
+        # transformers wraps this one so that its signature cannot be seen
+        Seam(f"{name}.forward", None, (), layers.packed, layers.serves_packed, beside="torch_forward")
+        for name in ("BambaMixer", "GraniteMoeHybridMambaLayer")
     ),
     *(
         Seam(f"{name}RMSNormGated.forward", None, ("hidden_states", "gate"), instead, functions.serves_gated_norm)
@@ -163,7 +170,7 @@ class _Exchanges:
         for name, seam in _BY_NAME.items():
             owner, last = _owner(module, name)
             found = owner.__dict__.get(last)
-            if found is None:
+            if found is None or (seam.beside and seam.beside not in owner.__dict__):
                 continue
             where = f"{module.__name__.rpartition('.')[2]}.{name}"
             if hasattr(found, "fastweights_original"):

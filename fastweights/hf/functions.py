@@ -75,6 +75,13 @@ def _dt(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, flo
     return (F.softplus(dt) if softplus else dt).clamp(*limit)
 
 
+def beginnings(seq_idx: Tensor) -> Tensor:
+    """Where a sequence begins that is packed behind another, (B, T)."""
+    reset = torch.zeros_like(seq_idx, dtype=torch.bool)
+    reset[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return reset
+
+
 def serves_ssd(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int = 256, **more: Any) -> bool:
     packed = more.get("seq_idx")
     return (
@@ -93,10 +100,7 @@ def ssd(
     """y (B, T, H, P) in float32, with the state (B, H, P, N) if asked: W <- exp(dt A) W + dt x B^T, y = W C + D x."""
     dt = _dt(dt, dt_bias, dt_softplus, dt_limit)
     x, key, query = hidden_states.float(), B.float(), C.float()
-    reset = None
-    if seq_idx is not None:
-        reset = torch.zeros_like(seq_idx, dtype=torch.bool)
-        reset[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    reset = None if seq_idx is None else beginnings(seq_idx)
     state = None if initial_states is None else initial_states.float()
     y, W = scan(R.stepped_hebb, state=state, reset=reset, q=query, k=key, v=x, dt=dt, g=dt * A.float())
     if D is not None:

@@ -17,7 +17,7 @@ from ..engine.convolution import Part, short_convolution
 from ..engine.gated_norm import with_share
 from ..engine.scan import scan
 from ..engine.step import step
-from .functions import SWISH, is_float
+from .functions import SWISH, beginnings, conv, is_float
 
 # ---- lightning attention (MiniMax) -----------------------------------------------------------------------------------
 
@@ -62,7 +62,9 @@ def serves_mamba2(self: Any, x: Tensor, cache_params: Any = None, attention_mask
     )
 
 
-def mamba2(self: Any, x: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+def mamba2(
+    self: Any, x: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """The layer of Mamba-2, Bamba, Granite-hybrid and Falcon-H1. Padding counts where there is more than one sequence."""
 
     def masked(x: Tensor) -> Tensor:
@@ -70,7 +72,22 @@ def mamba2(self: Any, x: Tensor, cache_params: Any = None, attention_mask: Tenso
             return x
         return (x * attention_mask.unsqueeze(-1)).to(x.dtype)
 
-    return _mamba2(self, masked(x), cache_params, masked, self.time_step_limit)
+    return _mamba2(self, masked(x), cache_params, masked, self.time_step_limit, seq_idx)
+
+
+def serves_packed(
+    self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None,
+    **_: Any,
+) -> bool:  # fmt: skip
+    return seq_idx is not None and cache_params is None and serves_mamba2(self, hidden_states, None, attention_mask)
+
+
+def packed(
+    self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None,
+    **_: Any,
+) -> Tensor:  # fmt: skip
+    """That layer for packed sequences, which theirs does not take: Bamba and Granite-hybrid."""
+    return mamba2(self, hidden_states, None, attention_mask, seq_idx)
 
 
 def zamba2(self: Any, x: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None) -> Tensor:
@@ -88,7 +105,9 @@ def zamba2(self: Any, x: Tensor, cache_params: Any = None, attention_mask: Tenso
     return _mamba2(self, x if before else masked(x), cache_params, masked, (self.time_step_min, float("inf")))
 
 
-def _mamba2(self: Any, x: Tensor, cache: Any, masked: Callable[[Tensor], Tensor], limit: tuple[float, float]) -> Tensor:
+def _mamba2(
+    self: Any, x: Tensor, cache: Any, masked: Callable[[Tensor], Tensor], limit: tuple[float, float], seq_idx: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """W <- exp(dt A) W + dt v k^T, y = W q + D v: v, k and q from a short convolution, dt from the input, the output gated."""
     before = cache.layers[self.layer_idx] if cache is not None and cache.has_previous_state(self.layer_idx) else None
     projected = self.in_proj(x * getattr(self, "ssm_in_multiplier", 1.0))
@@ -97,21 +116,24 @@ def _mamba2(self: Any, x: Tensor, cache: Any, masked: Callable[[Tensor], Tensor]
     inner, groups, H = self.intermediate_size, self.n_groups * self.ssm_state_size, self.num_heads
     mlp = (projected.shape[-1] - 2 * inner - 2 * groups - H) // 2
     *_, gate, mixed, dt = projected.split([mlp, mlp, inner, self.conv_dim, H], -1)
-    mixed = masked(_convolved(self, mixed, cache, before))
+    mixed = masked(_convolved(self, mixed, cache, before, seq_idx))
     v, k, q = (part.unflatten(-1, (-1, width)) for part, width in zip(
         mixed.split([inner, groups, groups], -1), (self.head_dim, self.ssm_state_size, self.ssm_state_size), strict=True
     ))  # fmt: skip
     dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*limit)
-    y = _scanned(self, cache, before, q=q.float(), k=k.float(), v=v.float(), dt=dt, g=-dt * self.A_log.float().exp())
+    reset = None if seq_idx is None else beginnings(seq_idx)
+    y = _scanned(self, cache, before, reset, q=q.float(), k=k.float(), v=v.float(), dt=dt, g=-dt * self.A_log.float().exp())
     y = with_share(y, self.D.float(), v.float()).flatten(2)
     read = self.norm(y, gate) if getattr(self, "mamba_rms_norm", True) else y * F.silu(gate)
     return self.out_proj(read.to(x.dtype))
 
 
-def _convolved(self: Any, mixed: Tensor, cache: Any, before: Any) -> Tensor:
+def _convolved(self: Any, mixed: Tensor, cache: Any, before: Any, seq_idx: Tensor | None) -> Tensor:
     """silu of the causal convolution of (B, T, C); the cache keeps the last inputs, (B, C, width)."""
     weight, bias, width = self.conv1d.weight.squeeze(1), self.conv1d.bias, self.conv_kernel_size
     columns = mixed.transpose(1, 2)
+    if seq_idx is not None:
+        return conv(columns, weight, bias, "silu", seq_idx).transpose(1, 2)
     if before is not None and mixed.shape[1] == 1:
         seen = cache.update_conv_state(columns, layer_idx=self.layer_idx)[..., -width:]
         y = (seen * weight).sum(-1)
@@ -123,14 +145,14 @@ def _convolved(self: Any, mixed: Tensor, cache: Any, before: Any) -> Tensor:
     return short_convolution(mixed, weight, left, (Part(mixed.shape[2], True),), bias)
 
 
-def _scanned(self: Any, cache: Any, before: Any, **signals: Tensor) -> Tensor:
+def _scanned(self: Any, cache: Any, before: Any, reset: Tensor | None, **signals: Tensor) -> Tensor:
     """What is read (B, T, H, P); the cache keeps the state (B, H, P, N), which a single token rewrites in place."""
     W = None if before is None else before.recurrent_states[0]
     if W is not None and signals["dt"].shape[1] == 1 and W.dtype == torch.float32 and not torch.is_grad_enabled():
         y, W = step(R.stepped_hebb, W, out=W, **{name: signal[:, 0] for name, signal in signals.items()})
         y = y.unsqueeze(1)
     else:
-        y, W = scan(R.stepped_hebb, state=None if W is None else W.float(), **signals)
+        y, W = scan(R.stepped_hebb, state=None if W is None else W.float(), reset=reset, **signals)
     if cache is not None:
         cache.update_recurrent_state(W, layer_idx=self.layer_idx)
     return y

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -55,7 +56,7 @@ def calls(monkeypatch):
             seen.append(name)
             return instead(*args, **kwargs)
 
-        monkeypatch.setitem(acceleration._BY_NAME, name, acceleration.Seam(name, seam.attribute, seam.needs, counted, seam.serves))
+        monkeypatch.setitem(acceleration._BY_NAME, name, dataclasses.replace(seam, instead=counted))
     return seen
 
 
@@ -287,6 +288,19 @@ def test_packed_sequences_of_mamba():
     alone = [layer(x[:, a:b]) for a, b in ((0, 12), (12, 30))]
     with hf.enable():
         close(layer(x, seq_idx=index), torch.cat(alone, 1))
+
+
+@pytest.mark.skipif(not models.OLD, reason="as it was before transformers 5.15")
+@pytest.mark.parametrize(
+    ("family", "kind"), [("bamba", "BambaMixer"), ("granite", "GraniteMoeHybridMambaLayer"), ("qwen3_next", "Qwen3NextGatedDeltaNet")]
+)
+def test_packed_sequences_of_old(family, kind):
+    layer = next(x for x in models.build(family).modules() if type(x).__name__ == kind)
+    x, index = torch.randn(1, 30, 64), torch.tensor([[0] * 12 + [1] * 18], dtype=torch.int32)
+    alone = torch.cat([layer(x[:, a:b]) for a, b in ((0, 12), (12, 30))], 1)
+    hf.accelerate(layer)
+    close(layer(x, seq_idx=index, cu_seq_lens_q=torch.tensor([0, 12, 30], dtype=torch.int32)), alone)
+    hf.restore(layer)
 
 
 def test_an_unknown_signature_is_refused_and_named():

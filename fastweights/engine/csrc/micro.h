@@ -132,45 +132,48 @@ INLINE vec exponential(vec x) {
 
 // ---- shuffles ------------------------------------------------------------------------------------------------------
 
-template <int FROM, class V, int... I>
-INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, ((I % 2) * sizeof...(I) + FROM + I / 2)...);
-}
+template <class V>
+constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+template <class V>
+using lanes_of = std::make_integer_sequence<int, lanes<V>>;
+
 template <int... I>
 INLINE vec halves(vec a, vec b, int from, std::integer_sequence<int, I...>) {
     return from ? __builtin_shufflevector(a, b, (I < L / 2 ? I + L / 2 : I + L)...) : __builtin_shufflevector(a, b, (I < L / 2 ? I : I + L / 2)...);
 }
 // the first half of a and that of b, or the second ones
-INLINE vec first_halves(vec a, vec b) { return halves(a, b, 0, std::make_integer_sequence<int, L>{}); }
-INLINE vec second_halves(vec a, vec b) { return halves(a, b, 1, std::make_integer_sequence<int, L>{}); }
-template <class V>
-constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-template <class V>
-INLINE V low(V a, V b) { return interleave<0>(a, b, std::make_integer_sequence<int, lanes<V>>{}); }
-template <class V>
-INLINE V high(V a, V b) { return interleave<lanes<V> / 2>(a, b, std::make_integer_sequence<int, lanes<V>>{}); }
+INLINE vec first_halves(vec a, vec b) { return halves(a, b, 0, lanes_of<vec>{}); }
+INLINE vec second_halves(vec a, vec b) { return halves(a, b, 1, lanes_of<vec>{}); }
+
+// Lanes whose number holds N are b's, the others a's: a sum of what was there and of what was N lanes further. One of the two is no shuffle
+// but a choice, which has more units in most processors.
+template <int N, int... I>
+INLINE vec folded(vec a, vec b, std::integer_sequence<int, I...>) {
+    const vec stays = __builtin_shufflevector(a, b, (I & N ? L + I : I)...);
+    return stays + __builtin_shufflevector(a, b, (I & N ? L + (I ^ N) : I ^ N)...);
+}
 
 // Lane i of the result is the sum of the lanes of x[i].
-INLINE vec sums(vec x[L]) {
+template <int N = L / 2>
+INLINE vec sums(vec* x) {
 #pragma GCC unroll 8
-    for (int n = L / 2; n >= 1; n /= 2)
-#pragma GCC unroll 16
-        for (int i = 0; i < n; i++) x[i] = low(x[i], x[i + n]) + high(x[i], x[i + n]);
+    for (int i = 0; i < N; i++) x[i] = folded<N>(x[i], x[i + N], lanes_of<vec>{});
+    if constexpr (N > 1) return sums<N / 2>(x);
     return x[0];
 }
 
-// The columns of a square are its rows afterwards.
-template <class V>
+// The columns of a square are its rows afterwards: those of its quarters are, once two of them have changed places.
+template <int N, class V, int... I>
+INLINE void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
+    const V above = __builtin_shufflevector(a, b, (I & N ? lanes<V> + (I ^ N) : I)...);
+    b = __builtin_shufflevector(a, b, (I & N ? lanes<V> + I : I ^ N)...), a = above;
+}
+template <class V, int N = lanes<V> / 2>
 INLINE void turn(V (&x)[lanes<V>]) {
-    constexpr int N = lanes<V>;
-    V y[N];
-#pragma GCC unroll 8
-    for (int stage = 1; stage < N; stage *= 2) {
 #pragma GCC unroll 16
-        for (int i = 0; i < N / 2; i++) y[2 * i] = low(x[i], x[i + N / 2]), y[2 * i + 1] = high(x[i], x[i + N / 2]);
-#pragma GCC unroll 16
-        for (int i = 0; i < N; i++) x[i] = y[i];
-    }
+    for (int i = 0; i < lanes<V>; i++)
+        if (!(i & N)) exchange<N>(x[i], x[i + N], lanes_of<V>{});
+    if constexpr (N > 1) turn<V, N / 2>(x);
 }
 
 // out (columns x rows) = in^T (rows x columns), both multiples of L.

@@ -45,8 +45,14 @@ struct Block {
     static constexpr int N = TOKENS, KINDS = ERASE == NO_ERASE ? 1 : 2, SETS = ERASE == FREE ? 2 : 1, READERS = KINDS * N, EVENTS = SETS * N;
     static constexpr int X = 0, Q = KINDS - 1, GROUP = KINDS * 2 * N;  // scores of two tokens: [kind][token][event]
     static_assert(N % 2 == 0 && GROUP % L == 0, "scores fill vectors");
+    struct Rows {
+        const float* first;
+        int64_t step;
+        INLINE const float* operator[](int i) const { return first + i * step; }
+    };
     const Problem& p;
     Layout at;
+    const bool apart;               // what decays does not take the place of what it was
     Head head;
     Ahead next;
     int64_t token = 0, ahead = N;   // tokens from this block to the one that comes after it
@@ -56,16 +62,15 @@ struct Block {
     float *decay, *total;           // [N][Kp] a_i; [Kp] P_N; one number each if per head
     float *u;                       // [N][Vp]
     float *factor, *score;          // [N / 2][GROUP]; [SETS][N / 2][GROUP], zero where a reader does not see the event
+    Rows reader[KINDS], key[SETS];  // the same, or where they lie in tensors
     float cx[N], cu[N];
     float left[READERS], to_end[N]; // per head: P_i or P_{i+1}, and D(e -> N)
 
-    // `apart`: what decays does not take the place of what it was.
     static int64_t size(const Layout& at, bool apart) {
         return (apart ? 2 : 1) * (READERS + EVENTS) * at.Kp + (N + 1) * at.Kp + N * at.Vp + (1 + SETS) * N / 2 * GROUP + 256;
     }
 
-    Block(const Problem& problem, Scratch& memory, bool apart) : p(problem), at(p) {
-        apart = apart && DECAY == PER_KEY;
+    Block(const Problem& problem, Scratch& memory, bool keeps) : p(problem), at(p), apart(keeps && DECAY == PER_KEY) {
         readers = memory.take(READERS * at.Kp), scaled = apart ? memory.take(READERS * at.Kp) : readers;
         keys = memory.take(EVENTS * at.Kp), ends = apart ? memory.take(EVENTS * at.Kp) : keys;
         decay = memory.take(N * at.Kp), total = memory.take(at.Kp), u = memory.take(N * at.Vp);
@@ -90,8 +95,8 @@ struct Block {
         next.clear();
     }
     void load_events() {
-        rows(keys, ERASE == NO_ERASE ? micro().w : micro().y, at.K, at.Kp);
-        if (ERASE == FREE) rows(keys + N * at.Kp, micro().w, at.K, at.Kp);
+        key[0] = decaying_rows(keys, ERASE == NO_ERASE ? micro().w : micro().y);
+        if (ERASE == FREE) key[SETS - 1] = decaying_rows(keys + N * at.Kp, micro().w);
         load_decays();
     }
     // What is left of events in the end, where it is not asked for what readers see of them before
@@ -108,11 +113,12 @@ struct Block {
 
     void load_readers() {
         if (ERASE != NO_ERASE) {
-            if (micro().x_is_y) std::memcpy(readers, keys, sizeof(float) * N * at.Kp);
-            else rows(readers, micro().x, at.K, at.Kp);
+            if (!micro().x_is_y) reader[X] = decaying_rows(readers, micro().x);
+            else if (key[0].first != keys) reader[X] = key[0];
+            else reader[X] = {static_cast<float*>(std::memcpy(readers, keys, sizeof(float) * N * at.Kp)), at.Kp};
             numbers(cx, micro().cx, static_cast<float>(micro().sx), 1);
         }
-        rows(readers + Q * N * at.Kp, head.read[0].q, at.K, at.Kp);
+        reader[Q] = decaying_rows(readers + Q * N * at.Kp, head.read[0].q);
         weigh();
     }
     void load_u() {
@@ -125,6 +131,17 @@ struct Block {
         if (count < N) std::memset(to + count * padded, 0, sizeof(float) * (N - count) * padded);
         soon(t, width);
     }
+    // Rows where they lie, if they can be read there and all of them are; or copied.
+    Rows rows_or_copies(float* to, const Tensor& t, int width, int padded, bool there = true) {
+        if (!there || !t || !in_place(t) || count < N || width < padded) {
+            rows(to, t, width, padded);
+            return {to, padded};
+        }
+        soon(t, width);
+        return {reinterpret_cast<const float*>(t.data) + token * t.time, t.time};
+    }
+    // What decays key by key goes elsewhere on the way.
+    Rows decaying_rows(float* to, const Tensor& t) { return rows_or_copies(to, t, at.K, at.Kp, DECAY == PER_KEY && !apart); }
     void soon(const Tensor& t, int width) {
         for (int i = 0; i < N && t; i++) next.add(t, (token + ahead + i) * t.time, width);
     }
@@ -135,16 +152,18 @@ struct Block {
 
     void load_decays() {
         if (DECAY == NO_DECAY) return;
-        const int width = DECAY == PER_KEY ? N * at.Kp : static_cast<int>(round_up(N, L));
-        if (DECAY == PER_KEY) rows(decay, micro().g, at.K, at.Kp);
+        constexpr int NUMBERS = (N + L - 1) / L * L;
+        Rows log{decay, 0};
+        if (DECAY == PER_KEY) log = rows_or_copies(decay, micro().g, at.K, at.Kp);
         else numbers(decay, micro().g, 1, 0);
-        for (int i = N; DECAY == PER_HEAD && i < width; i++) decay[i] = 0;
+        for (int i = N; DECAY == PER_HEAD && i < NUMBERS; i++) decay[i] = 0;
         ivec positive = {};
-        for (int i = 0; i < width; i += L) {
-            const vec log = load(decay + i);
-            positive |= log > 0.0f;
-            store(decay + i, exponential(log));
-        }
+        for (int i = 0; i < (DECAY == PER_KEY ? N : 1); i++)
+            for (int k = 0; k < (DECAY == PER_KEY ? at.Kp : NUMBERS); k += L) {
+                const vec g = load(log[i] + k);
+                positive |= g > 0.0f;
+                store(decay + i * at.Kp + k, exponential(g));
+            }
         for (int j = 0; j < L; j++)
             if (positive[j]) *p.positive = 1;
         if (DECAY == PER_KEY) return;
@@ -188,7 +207,7 @@ struct Block {
     INLINE void meet(float* to, int set) {
         constexpr int FIRST = 2 * PAIR;
         const int64_t K = at.Kp;
-        float *key = keys + set * N * K, *end = ends + set * N * K;
+        float* end = ends + set * N * K;
         const bool decayed = x_decays();
         vec sum[GROUP];
 #pragma GCC unroll 32
@@ -202,17 +221,17 @@ struct Block {
                 const int i = FIRST + j;
                 const vec a = load(decay + i * K + k);
                 if (ERASE != NO_ERASE) {
-                    vec x = load(readers + i * K + k);
+                    vec x = load(reader[X][i] + k);
                     if (decayed) x *= a;
 #pragma GCC unroll 8
                     for (int e = 0; e < i; e++) sum[(X * 2 + j) * N + e] += x * seen[e];
                     if (LAST) store(scaled + i * K + k, x * so_far);
                 }
-                seen[i] = load(key + i * K + k);
+                seen[i] = load(key[set][i] + k);
                 so_far *= a;
 #pragma GCC unroll 8
                 for (int e = 0; e < i; e++) seen[e] *= a;
-                const vec q = load(readers + (Q * N + i) * K + k);
+                const vec q = load(reader[Q][i] + k);
 #pragma GCC unroll 8
                 for (int e = 0; e <= i; e++) sum[(Q * 2 + j) * N + e] += q * seen[e];
                 if (LAST) store(scaled + (Q * N + i) * K + k, q * so_far);

@@ -129,10 +129,13 @@ struct Scratch {
 float* scratch(int64_t numbers);
 
 // The heads that a task takes abreast, block after block: what a token brings for several heads lies in the same pages of memory, which are
-// looked up once. As many as leave two tasks a thread, so that threads come out even.
+// looked up once. One alone, if so the thread that has most to do has less.
 constexpr int MOST_ABREAST = 2;
+INLINE int64_t shares(int64_t tasks, int64_t threads) { return (tasks + threads - 1) / threads; }
 INLINE int abreast(int64_t batch, int64_t heads, int64_t threads) {
-    return heads % MOST_ABREAST == 0 && batch * heads / MOST_ABREAST >= 2 * threads ? MOST_ABREAST : 1;
+    if (heads % MOST_ABREAST) return 1;
+    const int64_t together = MOST_ABREAST * shares(batch * heads / MOST_ABREAST, threads);
+    return together <= shares(batch * heads, threads) ? MOST_ABREAST : 1;
 }
 
 template <class Pass>

@@ -19,7 +19,10 @@ struct Usual {
     Scratch memory;
     Part block;
     const Layout& at;
-    float *S, *val, *out;  // val and out: [N][Vp]
+    float *S, *val, *out;       // val and out: [N][Vp]
+    float* to;                  // rows of `out`, or of the tensor itself if they can be written there
+    int64_t to_step;
+    typename Part::Rows u;
 
     static int64_t size(const Problem& p) {
         Layout at(p);
@@ -36,12 +39,15 @@ struct Usual {
         block.begin(token, count);
         block.load_events();
         block.load_readers();
-        block.load_u();
+        block.numbers(block.cu, block.micro().cu, static_cast<float>(block.micro().su), 1);
+        u = block.rows_or_copies(block.u, block.micro().u, at.V, at.Vp);
         const Tensor& o = block.head.read[0].out;
+        const bool there = in_place(o) && count == N && at.V == at.Vp;
+        to = there ? reinterpret_cast<float*>(o.data) + token * o.time : out, to_step = there ? o.time : at.Vp;
         block.soon(o, at.V);
         block.scores();
         for (int n = 0; n < at.panels; n++) panel(S + n * at.Kp * NV * L, n * NV * L);
-        store_rows(o, token * o.time, out, at.Vp, count, at.V, nullptr, 0);
+        if (!there) store_rows(o, token * o.time, out, at.Vp, count, at.V, nullptr, 0);
         if (p.values && ERASE != NO_ERASE) std::memcpy(p.values + (row * p.T + token) * at.Vp, val, sizeof(float) * count * at.Vp);
     }
 
@@ -52,20 +58,19 @@ struct Usual {
         for (int i = 0; i < N; i++)
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
-                const int column = i * at.Vp + c + v * L;
-                value[EVENTS - N + i][v] = load(block.u + column);
+                value[EVENTS - N + i][v] = load(u[i] + c + v * L) * block.cu[i];
                 if (ERASE == NO_ERASE) continue;
                 const vec seen = read[i][v] * (DECAY == PER_HEAD ? block.left[i] * block.cx[i] : block.cx[i]);
                 value[i][v] = ERASE == TIED ? value[i][v] + seen : seen;
                 value[i][v] = add_seen<X>(value[i][v], value, i, v);
-                store(val + column, value[i][v]);
+                store(val + i * at.Vp + c + v * L, value[i][v]);
             }
 #pragma GCC unroll 8
         for (int i = 0; i < N; i++)
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
                 const vec seen = DECAY == PER_HEAD ? read[Q * N + i][v] * block.left[Q * N + i] : read[Q * N + i][v];
-                store(out + i * at.Vp + c + v * L, add_seen<Q>(seen, value, i, v));
+                store(to + i * to_step + c + v * L, add_seen<Q>(seen, value, i, v));
             }
 #pragma GCC unroll 16
         for (int e = 0; e < EVENTS; e++)

@@ -45,11 +45,14 @@ struct Block {
     static constexpr int N = TOKENS, KINDS = ERASE == NO_ERASE ? 1 : 2, SETS = ERASE == FREE ? 2 : 1, READERS = KINDS * N, EVENTS = SETS * N;
     static constexpr int X = 0, Q = KINDS - 1, GROUP = KINDS * 2 * N;  // scores of two tokens: [kind][token][event]
     static_assert(N % 2 == 0 && GROUP % L == 0, "scores fill vectors");
-    struct Rows {
-        const float* first;
+    template <class Number>
+    struct RowsOf {
+        Number* first;
         int64_t step;
-        INLINE const float* operator[](int i) const { return first + i * step; }
+        INLINE Number* operator[](int i) const { return first + i * step; }
     };
+    using Rows = RowsOf<const float>;
+    using Places = RowsOf<float>;
     const Problem& p;
     Layout at;
     const bool apart;               // what decays does not take the place of what it was
@@ -104,7 +107,7 @@ struct Block {
         for (int k = 0; k < at.Kp && DECAY == PER_KEY; k += L) {
             vec a = broadcast(1);
             for (int i = N - 1; i >= 0; i--) {
-                for (int s = 0; s < SETS; s++) store(ends + (s * N + i) * at.Kp + k, load(keys + (s * N + i) * at.Kp + k) * a);
+                for (int s = 0; s < SETS; s++) store(ends + (s * N + i) * at.Kp + k, load(key[s][i] + k) * a);
                 a *= load(decay + i * at.Kp + k);
             }
             store(total + k, a);
@@ -140,11 +143,20 @@ struct Block {
         soon(t, width);
         return {reinterpret_cast<const float*>(t.data) + token * t.time, t.time};
     }
+    // Where rows of results go: to the tensor itself, if they can be written there and all of them are; or to `room`, from where they are put.
+    Places places(float* room, const Tensor& t, int width, int padded) const {
+        if (!t || !in_place(t) || t.heads || count < N || width < padded) return {room, padded};
+        return {reinterpret_cast<float*>(t.data) + token * t.time, t.time};
+    }
+    void put(const Tensor& t, const float* rows, int width, int padded, const float* scales = nullptr) const {
+        if (t) store_rows(t, token * t.time, rows, padded, count, width, scales, 1);
+    }
     // What decays key by key goes elsewhere on the way.
-    Rows decaying_rows(float* to, const Tensor& t) { return rows_or_copies(to, t, at.K, at.Kp, DECAY == PER_KEY && !apart); }
+    Rows decaying_rows(float* to, const Tensor& t) { return rows_or_copies(to, t, at.K, at.Kp, DECAY == PER_KEY); }
     void soon(const Tensor& t, int width) {
         for (int i = 0; i < N && t; i++) next.add(t, (token + ahead + i) * t.time, width);
     }
+    INLINE const float* reader_row(int r) const { return reader[r / N][r % N]; }
     void numbers(float* to, const Tensor& t, float scale, float absent) const {
         load_numbers(to, t, token * t.time, count, scale, absent);
         for (int i = count; i < N; i++) to[i] = 0;

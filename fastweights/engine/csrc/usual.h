@@ -19,10 +19,9 @@ struct Usual {
     Scratch memory;
     Part block;
     const Layout& at;
-    float *S, *val, *out;       // val and out: [N][Vp]
-    float* to;                  // rows of `out`, or of the tensor itself if they can be written there
-    int64_t to_step;
+    float *S, *val, *out;  // val and out: [N][Vp]
     typename Part::Rows u;
+    typename Part::Places read_to;
 
     static int64_t size(const Problem& p) {
         Layout at(p);
@@ -42,12 +41,11 @@ struct Usual {
         block.numbers(block.cu, block.micro().cu, static_cast<float>(block.micro().su), 1);
         u = block.rows_or_copies(block.u, block.micro().u, at.V, at.Vp);
         const Tensor& o = block.head.read[0].out;
-        const bool there = in_place(o) && count == N && at.V == at.Vp;
-        to = there ? reinterpret_cast<float*>(o.data) + token * o.time : out, to_step = there ? o.time : at.Vp;
+        read_to = block.places(out, o, at.V, at.Vp);
         block.soon(o, at.V);
         block.scores();
         for (int n = 0; n < at.panels; n++) panel(S + n * at.Kp * NV * L, n * NV * L);
-        if (!there) store_rows(o, token * o.time, out, at.Vp, count, at.V, nullptr, 0);
+        if (read_to.first == out) block.put(o, out, at.V, at.Vp);
         if (p.values && ERASE != NO_ERASE) std::memcpy(p.values + (row * p.T + token) * at.Vp, val, sizeof(float) * count * at.Vp);
     }
 
@@ -70,7 +68,7 @@ struct Usual {
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
                 const vec seen = DECAY == PER_HEAD ? read[Q * N + i][v] * block.left[Q * N + i] : read[Q * N + i][v];
-                store(to + i * to_step + c + v * L, add_seen<Q>(seen, value, i, v));
+                store(read_to[i] + c + v * L, add_seen<Q>(seen, value, i, v));
             }
 #pragma GCC unroll 16
         for (int e = 0; e < EVENTS; e++)

@@ -31,6 +31,7 @@ struct UsualBackward {
     float *given, *values, *du;     // [L][Vp] dval_i and do_i; [L][Vp] val_e, and u_e or zeros; [N][Vp], where the erase is free
     float *seen, *written;          // [Vp][L] the same turned, times what is left of S_0, or of them, if that is a number
     float *dx, *dq, *dkeys, *dlog;  // [N][Kp]; dkeys [EVENTS][Kp]
+    typename Part::Places q_to, key_to[SETS], log_to;  // their rows, or those of tensors
     float *weight;                  // as score: gradient . value
     vec of_reader[L], of_event[L], of_x[L], whole[4];  // sums over keys: reader . gradient, key . gradient, x . dx, S_0 . dS
     double log_of_head[N];
@@ -100,6 +101,8 @@ struct UsualBackward {
         weights();
         for (int i = 0; i < L; i++) of_reader[i] = of_event[i] = of_x[i] = vec{};
         for (vec& x : whole) x = vec{};
+        q_to = block.places(dq, to.read[0].q, at.K, at.Kp), log_to = block.places(dlog, to.micro[0].g, at.K, at.Kp);
+        for (int s = 0; s < SETS; s++) key_to[s] = block.places(dkeys + s * N * at.Kp, key_gradient(s), at.K, at.Kp);
         for (int k = 0; k < at.Kp; k += L) keys(S, k);
         if (DECAY == PER_HEAD) log_per_head();
         advance();
@@ -199,7 +202,7 @@ struct UsualBackward {
         if (DECAY == PER_KEY) per_key(S, k, T, U, log);
         else per_head(S, k, T, U);
         for (int i = 0; i < N; i++) {
-            vec x = fw::load(block.readers + i * at.Kp + k), d = fw::load(T + i * L);
+            vec x = fw::load(block.reader[X][i] + k), d = fw::load(T + i * L);
             if (DECAY == PER_KEY && block.x_decays()) {
                 const vec a = fw::load(block.decay + i * at.Kp + k);
                 x *= a, log[i] += x * d * block.cx[i], of_x[i] += x * d, d *= a;
@@ -210,10 +213,10 @@ struct UsualBackward {
             else store(dx + i * at.Kp + k, d * block.cx[i]);
         }
         for (int i = 0; i < N; i++) {
-            store(dq + i * at.Kp + k, fw::load(T + (Q * N + i) * L));
-            if (DECAY == PER_KEY) store(dlog + i * at.Kp + k, log[i]);
+            store(q_to[i] + k, fw::load(T + (Q * N + i) * L));
+            if (DECAY == PER_KEY) store(log_to[i] + k, log[i]);
         }
-        for (int e = 0; e < EVENTS; e++) store(dkeys + e * at.Kp + k, fw::load(U + e * L));
+        for (int e = 0; e < EVENTS; e++) store(key_to[e / N][e % N] + k, fw::load(U + e * L));
     }
 
     INLINE void product(float* out, const float* state, const float* columns, int k) {
@@ -239,18 +242,18 @@ struct UsualBackward {
 #pragma GCC unroll 4
                     for (int j = 0; j < 4; j++) whole[j] += fw::load(S + of + j * L) * fw::load(dS + of + j * L);
 #pragma GCC unroll 16
-            for (int r = 0; r < READERS; r++) of_reader[r] += fw::load(block.readers + r * K + k) * fw::load(T + r * L);
+            for (int r = 0; r < READERS; r++) of_reader[r] += fw::load(block.reader_row(r) + k) * fw::load(T + r * L);
 #pragma GCC unroll 16
-            for (int e = 0; e < EVENTS; e++) of_event[e] += fw::load(block.keys + e * K + k) * fw::load(U + e * L);
+            for (int e = 0; e < EVENTS; e++) of_event[e] += fw::load(block.key[e / N][e % N] + k) * fw::load(U + e * L);
         }
         for (int s = 0; s < SETS; s++) {
             vec key[N], d[N];
 #pragma GCC unroll 8
-            for (int e = 0; e < N; e++) key[e] = fw::load(block.keys + (s * N + e) * K + k), d[e] = fw::load(U + (s * N + e) * L);
+            for (int e = 0; e < N; e++) key[e] = fw::load(block.key[s][e] + k), d[e] = fw::load(U + (s * N + e) * L);
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
-                pairs(i, T + i * L, fw::load(block.readers + i * K + k), block.cx[i], weights_of(s, X, i), key, d);
-                pairs(i + 1, T + (Q * N + i) * L, fw::load(block.readers + (Q * N + i) * K + k), 1, weights_of(s, Q, i), key, d);
+                pairs(i, T + i * L, fw::load(block.reader[X][i] + k), block.cx[i], weights_of(s, X, i), key, d);
+                pairs(i + 1, T + (Q * N + i) * L, fw::load(block.reader[Q][i] + k), 1, weights_of(s, Q, i), key, d);
             }
 #pragma GCC unroll 8
             for (int e = 0; e < N; e++) store(U + (s * N + e) * L, d[e]);
@@ -280,7 +283,7 @@ struct UsualBackward {
 #pragma GCC unroll 8
         for (int i = N - 1; i > 0; i--) to_end[i - 1] = to_end[i] * a[i];
 #pragma GCC unroll 16
-        for (int r = 0; r < READERS; r++) reader[r] = fw::load(block.readers + r * K + k);
+        for (int r = 0; r < READERS; r++) reader[r] = fw::load(block.reader_row(r) + k);
         for (int i = 0; i < N && block.x_decays(); i++) reader[i] *= a[i];
         vec later = {};  // what readers after a token take from S_0
 #pragma GCC unroll 16
@@ -321,7 +324,7 @@ struct UsualBackward {
                     now[e] *= a[v];
                     of_log += now[e] * sink[v][e];
                 }
-                now[v] = fw::load(block.keys + (s * N + v) * K + k);
+                now[v] = fw::load(block.key[s][v] + k);
 #pragma GCC unroll 8
                 for (int e = 0; e <= v; e++) of_q += q[e] * now[e];
                 store(T + v * L, fw::load(T + v * L) + of_x);
@@ -385,15 +388,15 @@ struct UsualBackward {
         add<READERS>(dS, dS, block.scaled, given, numbers);
     }
 
-    void put(const Tensor& t, const float* rows, int width, int padded, const float* scales = nullptr) const {
-        if (t) store_rows(t, block.token * t.time, rows, padded, block.count, width, scales, 1);
-    }
+    const Tensor& key_gradient(int s) const { return s ? to.micro[0].w : to.micro[0].y; }
 
     void give() {
         const Micro& d = to.micro[0];
-        put(to.read[0].q, dq, at.K, at.Kp);
-        put(d.y, dkeys, at.K, at.Kp);
-        if (ERASE == FREE) put(d.w, dkeys + N * at.Kp, at.K, at.Kp);
+        if (q_to.first == dq) block.put(to.read[0].q, dq, at.K, at.Kp);
+        for (int s = 0; s < SETS; s++) {
+            float* rows = dkeys + s * N * at.Kp;
+            if (key_to[s].first == rows) block.put(key_gradient(s), rows, at.K, at.Kp);
+        }
         float number[L];
         store(number, sums(of_x));
         for (int i = 0; i < N; i++) {
@@ -402,8 +405,8 @@ struct UsualBackward {
             number[i] *= static_cast<float>(block.micro().sx) * (decayed ? block.decay[i] : 1.0f);
         }
         add_numbers(d.cx, block.token * d.cx.time, block.count, number);
-        if (!block.micro().x_is_y) put(d.x, dx, at.K, at.Kp);
-        if (DECAY == PER_KEY) put(d.g, dlog, at.K, at.Kp);
+        if (!block.micro().x_is_y) block.put(d.x, dx, at.K, at.Kp);
+        if (DECAY == PER_KEY && log_to.first == dlog) block.put(d.g, dlog, at.K, at.Kp);
         if (DECAY == PER_HEAD) add_numbers(d.g, block.token * d.g.time, block.count, log_of_head);
         give_values();
     }
@@ -413,13 +416,13 @@ struct UsualBackward {
         if (!u) return;
         const float* d = ERASE == TIED ? given : du;
         if (ERASE == TIED) block.numbers(block.cu, block.micro().cu, static_cast<float>(block.micro().su), 1);
-        put(to.micro[0].u, d, at.V, at.Vp, block.cu);
+        block.put(to.micro[0].u, d, at.V, at.Vp, block.cu);
         if (!to.micro[0].cu) return;
-        block.rows(block.u, u, at.V, at.Vp);
+        const typename Part::Rows row = block.rows_or_copies(block.u, u, at.V, at.Vp);
         vec products[L];
         clear(products);
         for (int i = 0; i < N; i++)
-            for (int v = 0; v < at.Vp; v += L) products[i] += fw::load(block.u + i * at.Vp + v) * fw::load(d + i * at.Vp + v);
+            for (int v = 0; v < at.Vp; v += L) products[i] += fw::load(row[i] + v) * fw::load(d + i * at.Vp + v);
         float number[L];
         store(number, sums(products) * static_cast<float>(block.micro().su));
         add_numbers(to.micro[0].cu, block.token * to.micro[0].cu.time, block.count, number);

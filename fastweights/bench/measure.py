@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,23 +17,23 @@ from ..engine.kernels import library
 from ..language.errors import FastWeightError
 
 
-def peak() -> float:
-    """Multiply-add operations a second of all threads that torch uses, from registers alone."""
+def multiply_adds() -> tuple[Callable[[], object], int]:
+    """A call that multiplies and adds on registers alone, in all threads that torch uses; and how many operations that is."""
     lib = library().lib
     if lib is None:
         raise FastWeightError(f"there are no kernels to measure: {library().why}")
-    lib.fastweights_multiply_add.restype = ctypes.c_float
-    threads, rounds, times = torch.get_num_threads(), 4_000_000, []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(4):
-            start = time.perf_counter()
-            list(pool.map(lambda _: lib.fastweights_multiply_add(ctypes.c_int64(rounds)), range(threads)))
-            times.append(time.perf_counter() - start)
-    return threads * 2 * 16 * lib.fastweights_lanes() * rounds / min(times)
+    threads, rounds = torch.get_num_threads(), 400_000  # one or two milliseconds
+    given = ctypes.c_int64(rounds), ctypes.c_int64(threads)
+    return lambda: lib.fastweights_multiply_add(*given), threads * 2 * 16 * lib.fastweights_lanes() * rounds
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], seconds: float, least: int = 3) -> dict[str, float]:
-    """The median time of each, in turn until ``seconds`` for each have gone by and each has been timed ``least`` times.
+    """The median time of each, in turn until ``seconds`` for each have gone by and each has been timed ``least`` times."""
+    return {name: statistics.median(t) for name, t in in_turn(runs, seconds, least).items()}
+
+
+def in_turn(runs: Mapping[str, Callable[[], object]], seconds: float, least: int = 3) -> dict[str, list[float]]:
+    """All times of that, in order.
 
     Each runs twice in a row and the second run is timed: in a model, too, its inputs have just been made.
     """
@@ -46,7 +45,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], seconds: float, least:
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
 
 
 def call(function: Callable[..., Tensor], given: Mapping[str, Tensor], backward: bool) -> Callable[[], object]:

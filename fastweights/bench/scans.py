@@ -17,7 +17,7 @@ from ..language import decorator
 from ..language.decorator import outer
 from ..language.roles import Key, KeyVector, Value
 from ..language.rule import Rule
-from .measure import call, interleaved, peak
+from .measure import call, in_turn, interleaved, multiply_adds
 
 SHAPES = {"A": (1, 4, 2048, 64), "B": (4, 8, 1024, 64), "C": (1, 8, 8192, 128)}  # B, H, T, and both sizes of W
 
@@ -116,19 +116,20 @@ def _scan(name: str, shape: str, backward: bool, seconds: float, others: dict[st
     rule, per_channel = CLASSES[name]
     B, H, T, D = SHAPES[shape]
     given = signals(rule, SHAPES[shape], per_channel)
-    runs = {"kernels": call(scanned(rule, "cpu"), given, backward)}
+    at_peak, operations = multiply_adds()
+    runs = {"peak": at_peak, "kernels": call(scanned(rule, "cpu"), given, backward)}
     if shape != "C" or not backward:  # the others take up to a minute there
         runs["torch"] = call(scanned(rule, "torch"), given, backward)
         runs["softmax"] = call(softmax, given, backward)
         if name in others:
             runs["transformers"] = call(others[name], given, backward)
-    peaks = [peak()]
-    times = interleaved(runs, seconds)
-    peaks.append(peak())
+    times = in_turn(runs, seconds)
     work = WORK[rule.program.erase][backward] * D * D * B * H * T  # type: ignore[union-attr]
+    # the peak just before each run: what others do on the same machine takes from both
+    shares = [work / kernels / (operations / peak) for peak, kernels in zip(times.pop("peak"), times["kernels"], strict=True)]
     erases = rule.program.erase != "none"  # type: ignore[union-attr]
     goal = GOALS[D, backward] if erases or not backward else None
-    return Row(name, shape, backward, times, work / times["kernels"] / statistics.mean(peaks), goal)
+    return Row(name, shape, backward, {n: statistics.median(t) for n, t in times.items()}, statistics.median(shares), goal)
 
 
 def decode(seconds: float) -> dict[str, float]:

@@ -70,7 +70,7 @@ struct Backward {
         if (ERASE != TIED) chunk.load_u(chunk.values + (ERASE == FREE ? C * at.Vp : 0));
     }
 
-    void run(const float* S, int64_t token, int count, int64_t row) {
+    void run(const float* S, int64_t token, int count, int64_t row, bool) {
         chunk.load_keys(token, count, true);
         load_values(row);
         const int readers = ERASE == NO_ERASE ? C : 2 * C, from = 2 * C - readers;
@@ -421,24 +421,25 @@ static void heads(Abreast<Pass>& passes, const Gradient& grad, int64_t b, int64_
     for (int64_t s = segments - 1; s >= 0; s--) {
         int64_t token = s * p.segment, end = token + p.segment < p.T ? token + p.segment : p.T, first[MOST + 1], rebuilt = 0;
         const float* start[MOST][MOST_ABREAST];
+        bool last[MOST];  // before a reset, or the end: no state after it is needed
         int blocks = 0;
         for (; token < end; blocks++) {
             const bool anew = starts_anew(p, b, token);
             first[blocks] = token;
             const int count = next_chunk(p, Pass::most_tokens(p), b, token, end);
             token += count;
-            const bool last = token == end || starts_anew(p, b, token);
+            last[blocks] = token == end || starts_anew(p, b, token);
             for (int i = 0; i < passes.count; i++) {
                 float* slot = passes[i].states + rebuilt * size;
                 start[blocks][i] = anew ? passes[i].zeros : blocks == 0 ? p.checkpoints + (row(i) * segments + s) * size : slot - size;
-                if (!last) passes[i].rebuild(slot, start[blocks][i], first[blocks], count, row(i));
+                if (!last[blocks]) passes[i].rebuild(slot, start[blocks][i], first[blocks], count, row(i));
             }
-            rebuilt += !last;
+            rebuilt += !last[blocks];
         }
         first[blocks] = end;
         for (int c = blocks - 1; c >= 0; c--)
             for (int i = 0; i < passes.count; i++) {
-                passes[i].run(start[c][i], first[c], static_cast<int>(first[c + 1] - first[c]), row(i));
+                passes[i].run(start[c][i], first[c], static_cast<int>(first[c + 1] - first[c]), row(i), !last[c]);
                 if (start[c][i] == passes[i].zeros) std::memset(passes[i].dS, 0, sizeof(float) * size);
             }
     }

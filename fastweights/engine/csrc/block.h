@@ -97,10 +97,10 @@ struct Block {
         token = first, count = tokens;
         next.clear();
     }
-    void load_events() {
+    void load_events(bool decays_too = true) {
         key[0] = decaying_rows(keys, ERASE == NO_ERASE ? micro().w : micro().y);
         if (ERASE == FREE) key[SETS - 1] = decaying_rows(keys + N * at.Kp, micro().w);
-        load_decays();
+        if (decays_too) load_decays();
     }
     // What is left of events in the end, where it is not asked for what readers see of them before
     void decay_events() {

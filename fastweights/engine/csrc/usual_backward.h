@@ -30,6 +30,7 @@ struct UsualBackward {
     float *states, *zeros, *dS;     // S_0 of the blocks of a segment; nothing; the gradient of S
     float *given, *values, *du;     // [L][Vp] dval_i and do_i; [L][Vp] val_e, and u_e or zeros; [N][Vp], where the erase is free
     float *seen, *written;          // [Vp][L] the same turned, times what is left of S_0, or of them, if that is a number
+    float *decays, *decay;          // per key: [segment][Kp] a_i of the blocks that were rebuilt; [N][Kp] those of another
     float *dx, *dq, *dkeys, *dlog;  // [N][Kp]; dkeys [EVENTS][Kp]
     typename Part::Places q_to, key_to[SETS], log_to;  // their rows, or those of tensors
     float *weight;                  // as score: gradient . value
@@ -39,8 +40,9 @@ struct UsualBackward {
     static int64_t slots(const Problem& p) { return p.segment / N + 2; }
     static int64_t size(const Problem& p) {
         Layout at(p);
-        return Part::size(at, true) + (slots(p) + 2) * at.state() + (4 * L + N) * at.Vp + (3 * N + EVENTS) * at.Kp + SETS * SCORES + 512;
+        return Part::size(at, true) + (slots(p) + 2) * at.state() + (4 * L + N) * at.Vp + (3 * N + EVENTS) * at.Kp + SETS * SCORES + decays_size(p, at) + 512;
     }
+    static int64_t decays_size(const Problem& p, const Layout& at) { return DECAY == PER_KEY ? p.segment * at.Kp : 0; }
     static int64_t most_tokens(const Problem&) { return N; }
 
     UsualBackward(const Problem& problem, float* room) : p(problem), memory{room}, block(p, memory, true), at(block.at) {
@@ -49,14 +51,17 @@ struct UsualBackward {
         seen = memory.take(L * at.Vp), written = memory.take(L * at.Vp);
         dx = memory.take(N * at.Kp), dq = memory.take(N * at.Kp), dkeys = memory.take(EVENTS * at.Kp), dlog = memory.take(N * at.Kp);
         weight = memory.take(SETS * SCORES);
+        decays = memory.take(decays_size(p, at)), decay = block.decay;
         std::memset(zeros, 0, sizeof(float) * at.state());
         std::memset(values, 0, sizeof(float) * L * at.Vp);
     }
     Head& head() { return block.head; }
 
-    void load(int64_t token, int count, int64_t row) {
+    // The decays of a block that was rebuilt are known by then.
+    void load(int64_t token, int count, int64_t row, bool rebuilds, bool rebuilt) {
         block.begin(token, count);
-        block.load_events();
+        if (DECAY == PER_KEY) block.decay = rebuilds || rebuilt ? decays + token % p.segment * at.Kp : decay;
+        block.load_events(DECAY != PER_KEY || !rebuilt);
         if (ERASE != TIED) {
             block.load_u();
             std::memcpy(values + (SETS - 1) * N * at.Vp, block.u, sizeof(float) * N * at.Vp);
@@ -69,7 +74,7 @@ struct UsualBackward {
 
     void rebuild(float* slot, const float* from, int64_t token, int count, int64_t row) {
         block.ahead = N;
-        load(token, count, row);
+        load(token, count, row, true, false);
         block.decay_events();
         float numbers[EVENTS];
         for (int s = 0; s < SETS; s++) std::memcpy(numbers + s * N, block.to_end, sizeof block.to_end);
@@ -89,9 +94,9 @@ struct UsualBackward {
         }
     }
 
-    void run(const float* S, int64_t token, int count, int64_t row) {
+    void run(const float* S, int64_t token, int count, int64_t row, bool rebuilt) {
         block.ahead = -N;
-        load(token, count, row);
+        load(token, count, row, false, rebuilt);
         block.load_readers();
         block.rows(given + Q * N * at.Vp, to.read[0].out, at.V, at.Vp);
         soon();

@@ -40,7 +40,8 @@ struct UsualBackward {
     static int64_t slots(const Problem& p) { return p.segment / N + 2; }
     static int64_t size(const Problem& p) {
         Layout at(p);
-        return Part::size(at, true) + (slots(p) + 2) * at.state() + (4 * L + N) * at.Vp + (3 * N + EVENTS) * at.Kp + SETS * SCORES + decays_size(p, at) + 512;
+        return Part::size(at, true) + (slots(p) + 2) * at.state() + (4 * L + N) * at.Vp + (3 * N + EVENTS) * at.Kp + decays_size(p, at) +
+               SETS * SCORES + 512;
     }
     static int64_t decays_size(const Problem& p, const Layout& at) { return DECAY == PER_KEY ? p.segment * at.Kp : 0; }
     static int64_t most_tokens(const Problem&) { return N; }
@@ -57,11 +58,11 @@ struct UsualBackward {
     }
     Head& head() { return block.head; }
 
-    // The decays of a block that was rebuilt are known by then.
-    void load(int64_t token, int count, int64_t row, bool rebuilds, bool rebuilt) {
+    // A block that is rebuilt leaves its decays for its way back.
+    void load(int64_t token, int count, int64_t row, bool kept, bool known) {
         block.begin(token, count);
-        if (DECAY == PER_KEY) block.decay = rebuilds || rebuilt ? decays + token % p.segment * at.Kp : decay;
-        block.load_events(DECAY != PER_KEY || !rebuilt);
+        if (DECAY == PER_KEY) block.decay = kept ? decays + token % p.segment * at.Kp : decay;
+        block.load_events(DECAY != PER_KEY || !known);
         if (ERASE != TIED) {
             block.load_u();
             std::memcpy(values + (SETS - 1) * N * at.Vp, block.u, sizeof(float) * N * at.Vp);
@@ -96,7 +97,7 @@ struct UsualBackward {
 
     void run(const float* S, int64_t token, int count, int64_t row, bool rebuilt) {
         block.ahead = -N;
-        load(token, count, row, false, rebuilt);
+        load(token, count, row, rebuilt, rebuilt);
         block.load_readers();
         block.rows(given + Q * N * at.Vp, to.read[0].out, at.V, at.Vp);
         soon();

@@ -40,6 +40,14 @@ INLINE void triangle(float* to, const float* readers, const float* events, int64
     for (int i = 0; i < GROUP; i += L) store(to + i, sums(sum + i));
 }
 
+// The rows of a unit matrix
+template <int N>
+struct Unit {
+    float at[2 * N] = {};
+    constexpr Unit() { at[N - 1] = 1; }
+    INLINE const float* row(int i) const { return at + N - 1 - i; }
+};
+
 template <Decay DECAY, Erase ERASE, int TOKENS>
 struct Block {
     static constexpr int N = TOKENS, KINDS = ERASE == NO_ERASE ? 1 : 2, SETS = ERASE == FREE ? 2 : 1, READERS = KINDS * N, EVENTS = SETS * N;
@@ -51,6 +59,7 @@ struct Block {
         int64_t step;
         INLINE Number* operator[](int i) const { return first + i * step; }
     };
+    typedef float of_events __attribute__((vector_size(4 * N), aligned(4), may_alias));  // numbers of the events of a set
     using Rows = RowsOf<const float>;
     using Places = RowsOf<float>;
     const Problem& p;
@@ -67,6 +76,7 @@ struct Block {
     float *factor, *score;          // [N / 2][GROUP]; [SETS][N / 2][GROUP], zero where a reader does not see the event
     Rows reader[KINDS], key[SETS];  // the same, or where they lie in tensors
     float cx[N], cu[N];
+    ivec positive = {};             // where a log decay was
     float left[READERS], to_end[N]; // per head: P_i or P_{i+1}, and D(e -> N)
 
     static int64_t size(const Layout& at, bool apart) {
@@ -91,6 +101,12 @@ struct Block {
     INLINE static int place(int kind, int i) { return (i / 2 * KINDS + kind) * 2 * N + i % 2 * N; }
     INLINE float& factor_of(int kind, int i, int e) const { return factor[place(kind, i) + e]; }
     INLINE const float* scores_of(int set, int kind, int i) const { return score + set * (N / 2) * GROUP + place(kind, i); }
+
+    // What was found, after the last block.
+    void finish() const {
+        for (int j = 0; j < L; j++)
+            if (positive[j]) *p.positive = 1;
+    }
 
     // What is needed to write events, and what to read them.
     void begin(int64_t first, int tokens) {
@@ -154,7 +170,7 @@ struct Block {
     // What decays key by key goes elsewhere on the way.
     Rows decaying_rows(float* to, const Tensor& t) { return rows_or_copies(to, t, at.K, at.Kp, DECAY == PER_KEY); }
     void soon(const Tensor& t, int width) {
-        for (int i = 0; i < N && t; i++) next.add(t, (token + ahead + i) * t.time, width);
+        if (t) next.add(t, (token + ahead) * t.time, N, width);
     }
     INLINE const float* reader_row(int r) const { return reader[r / N][r % N]; }
     void numbers(float* to, const Tensor& t, float scale, float absent) const {
@@ -169,15 +185,12 @@ struct Block {
         if (DECAY == PER_KEY) log = rows_or_copies(decay, micro().g, at.K, at.Kp);
         else numbers(decay, micro().g, 1, 0);
         for (int i = N; DECAY == PER_HEAD && i < NUMBERS; i++) decay[i] = 0;
-        ivec positive = {};
         for (int i = 0; i < (DECAY == PER_KEY ? N : 1); i++)
             for (int k = 0; k < (DECAY == PER_KEY ? at.Kp : NUMBERS); k += L) {
                 const vec g = load(log[i] + k);
                 positive |= g > 0.0f;
                 store(decay + i * at.Kp + k, exponential(g));
             }
-        for (int j = 0; j < L; j++)
-            if (positive[j]) *p.positive = 1;
         if (DECAY == PER_KEY) return;
         *total = 1;
         for (int i = 0; i < N; i++) *total *= decay[i];
@@ -186,19 +199,21 @@ struct Block {
 
     // The numbers that multiply scores, and those that multiply what is read.
     void weigh() {
-        float now = 1, between[N];  // P_i and D(e -> i)
+        static constexpr Unit<N> unit;
+        const bool decayed = x_decays();
+        float now = 1;           // P_i
+        of_events between = {};  // D(e -> i), zero where there is none
+#pragma GCC unroll 8
         for (int i = 0; i < N; i++) {
             const float a = DECAY == PER_HEAD ? decay[i] : 1.0f;
             if (ERASE != NO_ERASE) {
-                if (DECAY == PER_HEAD && x_decays()) cx[i] *= a;
-                for (int e = 0; e < i; e++) factor_of(X, i, e) = DECAY == PER_HEAD ? between[e] * cx[i] : cx[i];
-                left[i] = now;
+                const float c = decayed ? cx[i] * a : cx[i];
+                if (DECAY == PER_HEAD) cx[i] = c, left[i] = now;
+                *reinterpret_cast<of_events*>(&factor_of(X, i, 0)) = between * c;
             }
-            if (DECAY != PER_HEAD) continue;
-            now *= a, between[i] = 1;
-            for (int e = 0; e < i; e++) between[e] *= a;
-            for (int e = 0; e <= i; e++) factor_of(Q, i, e) = between[e];
-            left[Q * N + i] = now;
+            if (DECAY == PER_HEAD) now *= a, left[Q * N + i] = now;
+            between = between * a + *reinterpret_cast<const of_events*>(unit.row(i));
+            if (DECAY == PER_HEAD) *reinterpret_cast<of_events*>(&factor_of(Q, i, 0)) = between;
         }
     }
 

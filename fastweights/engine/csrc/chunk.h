@@ -119,7 +119,7 @@ struct Chunk {
     // A tensor's rows for all tokens of the chunk (rows j, j + per, ... of `out`), each times a number if numbers are given.
     void vectors(float* out, const Tensor& t, int j, int per, int width, int padded, const float* scales = nullptr) {
         load_rows(out + j * padded, per * padded, t, token * t.time, tokens, width, padded, scales ? scales + j : nullptr, per);
-        for (int64_t r = 0; t && r < tokens; r++) next.add(t, (token + ahead + r) * t.time, width);
+        if (t) next.add(t, (token + ahead) * t.time, tokens, width);
     }
 
     // The same rows, given back.

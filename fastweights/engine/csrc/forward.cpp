@@ -35,6 +35,7 @@ struct Forward {
 
     static int64_t most_tokens(const Problem& p) { return Part::most_tokens(p); }
     Head& head() { return chunk.head; }
+    void finish() const {}
 
     void run(int64_t token, int count, int64_t row) {
         chunk.load_keys(token, count, true);
@@ -147,7 +148,10 @@ static void heads(Problem& p, int64_t b, int64_t h, int count) {
         }
         t += tokens;
     }
-    for (int i = 0; i < count; i++) store_state(passes[i].at, passes[i].S, p.last, b, h + i);
+    for (int i = 0; i < count; i++) {
+        passes[i].finish();
+        store_state(passes[i].at, passes[i].S, p.last, b, h + i);
+    }
 }
 
 template <class Pass>

@@ -232,6 +232,22 @@ INLINE void tile(float* c, int c_stride, const float* a, int64_t a_row, int64_t 
         for (int n = 0; n < N; n++) store(c + m * c_stride + n * L, acc[m][n]);
 }
 
+// C[r][:] = sum_d A[r, d] B[d][:] for L rows and L columns, as `tile` does, times `scale`. Row r of C is column r of `out`. The rows of A
+// that come after these will be next.
+INLINE void square_tile(vec (&out)[L], const float* a, int64_t a_row, const float* b, int depth, vec scale, int panels, int64_t a_panel) {
+    clear(out);
+    for (int p = 0; p < panels; p++, a += a_panel)
+        for (int d = 0; d < depth; d++, b += L) {
+            const vec row = load(b);
+            __builtin_prefetch(a + L * a_row + d * L);
+#pragma GCC unroll 16
+            for (int m = 0; m < L; m++) out[m] += a[m * a_row + d] * row;
+        }
+#pragma GCC unroll 16
+    for (int m = 0; m < L; m++) out[m] *= scale;
+    turn(out);
+}
+
 // C[r][:] = sum_d A[r, d] B[d][:] for L rows and L / 2 columns, which would fill half a vector: the other half takes every second d.
 // `b` is laid out by transpose_pairs; its rows go on from panel to panel. Row r of C is column r of `out`.
 INLINE void narrow_tile(vec (&out)[L / 2], const float* a, int64_t a_row, const float* b, int depth, int panels, int64_t a_panel) {

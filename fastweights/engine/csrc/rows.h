@@ -15,9 +15,11 @@ struct Ahead {
         if (calls) each = (count + calls - 1) / calls;
         count = done = calls = 0;
     }
-    INLINE void add(const Tensor& t, int64_t offset, int64_t n) {
+    INLINE void add(const Tensor& t, int64_t offset, int rows, int64_t n) {
+        if (t.channel != 1) return;
         const int64_t size = t.type == F32 ? 4 : 2;
-        if (t.channel == 1) add(t.data + offset * size, n * size);
+        const char* row = t.data + offset * size;
+        for (int r = 0; r < rows; r++, row += t.time * size) add(row, n * size);
     }
     INLINE void add(const void* data, int64_t bytes) {
         for (int64_t at = 0; at < bytes && count < MOST; at += PIECE) piece[count++] = static_cast<const char*>(data) + at;

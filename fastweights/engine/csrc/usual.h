@@ -29,6 +29,7 @@ struct Usual {
     }
     static int64_t most_tokens(const Problem&) { return N; }
     Head& head() { return block.head; }
+    void finish() const { block.finish(); }
 
     Usual(const Problem& problem, float* room) : p(problem), memory{room}, block(p, memory, false), at(block.at) {
         S = memory.take(at.state()), val = memory.take(N * at.Vp), out = memory.take(N * at.Vp);

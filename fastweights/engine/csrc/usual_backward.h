@@ -29,19 +29,20 @@ struct UsualBackward {
     Head to;                        // the gradients of this head
     float *states, *zeros, *dS;     // S_0 of the blocks of a segment; nothing; the gradient of S
     float *given, *values, *du;     // [L][Vp] dval_i and do_i; [L][Vp] val_e, and u_e or zeros; [N][Vp], where the erase is free
-    float *seen, *written;          // [Vp][L] the same turned, times what is left of S_0, or of them, if that is a number
+    float *seen, *written;          // [Vp][L] the same turned
     float *decays, *decay;          // per key: [segment][Kp] a_i of the blocks that were rebuilt; [N][Kp] those of another
     float *dx, *dq, *dkeys, *dlog;  // [N][Kp]; dkeys [EVENTS][Kp]
     typename Part::Places q_to, key_to[SETS], log_to;  // their rows, or those of tensors
-    float *weight;                  // as score: gradient . value
+    float *weight, *passed;         // as score: gradient . value; the same times what is left of the event, if that is a number
     vec of_reader[L], of_event[L], of_x[L], whole[4];  // sums over keys: reader . gradient, key . gradient, x . dx, S_0 . dS
+    float left_of_events[L];        // per head: D(e -> N)
     double log_of_head[N];
 
     static int64_t slots(const Problem& p) { return p.segment / N + 2; }
     static int64_t size(const Problem& p) {
         Layout at(p);
         return Part::size(at, true) + (slots(p) + 2) * at.state() + (4 * L + N) * at.Vp + (3 * N + EVENTS) * at.Kp + decays_size(p, at) +
-               SETS * SCORES + 512;
+               2 * SETS * SCORES + 512;
     }
     static int64_t decays_size(const Problem& p, const Layout& at) { return DECAY == PER_KEY ? p.segment * at.Kp : 0; }
     static int64_t most_tokens(const Problem&) { return N; }
@@ -51,7 +52,7 @@ struct UsualBackward {
         given = memory.take(L * at.Vp), values = memory.take(L * at.Vp), du = memory.take(N * at.Vp);
         seen = memory.take(L * at.Vp), written = memory.take(L * at.Vp);
         dx = memory.take(N * at.Kp), dq = memory.take(N * at.Kp), dkeys = memory.take(EVENTS * at.Kp), dlog = memory.take(N * at.Kp);
-        weight = memory.take(SETS * SCORES);
+        weight = memory.take(SETS * SCORES), passed = DECAY == PER_HEAD ? memory.take(SETS * SCORES) : weight;
         decays = memory.take(decays_size(p, at)), decay = block.decay;
         std::memset(zeros, 0, sizeof(float) * at.state());
         std::memset(values, 0, sizeof(float) * L * at.Vp);
@@ -179,12 +180,7 @@ struct UsualBackward {
         transpose(seen, L, given, at.Vp, L, at.Vp);
         if (PAIRS) transpose_pairs(written, values, at.Vp, at.Vp);
         else transpose(written, L, values, at.Vp, L, at.Vp);
-        if (DECAY != PER_HEAD) return;
-        float events[L];
-        for (int i = 0; i < L; i++) events[i] = block.to_end[PAIRS ? i / 2 : i % N];
-        const vec left = fw::load(block.left), to_end = fw::load(events);
-        for (int v = 0; v < at.Vp; v++) store(seen + v * L, fw::load(seen + v * L) * left);
-        for (int v = 0; v < (PAIRS ? at.Vp / 2 : at.Vp); v++) store(written + v * L, fw::load(written + v * L) * to_end);
+        for (int e = 0; e < EVENTS; e++) left_of_events[e] = block.to_end[e % N];
     }
 
     // weight = gradient of what a reader read . value of an event, where it sees it
@@ -193,8 +189,19 @@ struct UsualBackward {
     INLINE void weights(std::integer_sequence<int, PAIR...>) {
         for (int s = 0; s < SETS; s++)
             (triangle<2, N, PAIR>(weight + s * SCORES + PAIR * Part::GROUP, given, values + s * N * at.Vp, at.Vp), ...);
+        for (int s = 0; s < SETS && DECAY == PER_HEAD; s++)
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) {
+                if (i) pass(place(s, X, i), &block.factor_of(Q, i - 1, 0));  // the x of a token reads what the q of the last one did
+                pass(place(s, Q, i), &block.factor_of(Q, i, 0));
+            }
     }
-    INLINE const float* weights_of(int set, int kind, int i) const { return weight + set * SCORES + Part::place(kind, i); }
+    INLINE void pass(int at, const float* left) const {
+        using Numbers = typename Part::of_events;
+        *reinterpret_cast<Numbers*>(passed + at) = *reinterpret_cast<const Numbers*>(weight + at) * *reinterpret_cast<const Numbers*>(left);
+    }
+    INLINE static int place(int set, int kind, int i) { return set * SCORES + Part::place(kind, i); }
+    INLINE const float* weights_of(int set, int kind, int i) const { return weight + place(set, kind, i); }
 
     // ---- keys --------------------------------------------------------------------------------------------------------
 
@@ -202,9 +209,9 @@ struct UsualBackward {
     INLINE void keys(const float* S, int k) {
         float T[L * L], U[L * L];
         vec log[N];
-        product(T, S, seen, k);
+        product(T, S, seen, block.left, k);
         if (PAIRS) narrow_product(U, k);
-        else product(U, dS, written, k);
+        else product(U, dS, written, left_of_events, k);
         if (DECAY == PER_KEY) per_key(S, k, T, U, log);
         else per_head(S, k, T, U);
         for (int i = 0; i < N; i++) {
@@ -225,18 +232,19 @@ struct UsualBackward {
         for (int e = 0; e < EVENTS; e++) store(key_to[e / N][e % N] + k, fw::load(U + e * L));
     }
 
-    INLINE void product(float* out, const float* state, const float* columns, int k) {
-        float sums[L * L];
+    INLINE void product(float* out, const float* state, const float* columns, const float* scale, int k) {
+        vec rows[L];
         block.next.fetch();
-        tile<L, 1, ZERO>(sums, L, state + k * W, W, 1, columns, L, W, nullptr, nullptr, 0, at.panels, static_cast<int64_t>(at.Kp) * W);
-        transpose(out, L, sums, L, L, L);
+        square_tile(rows, state + k * W, W, columns, W, fw::load(scale), at.panels, static_cast<int64_t>(at.Kp) * W);
+#pragma GCC unroll 16
+        for (int r = 0; r < L; r++) store(out + r * L, rows[r]);
     }
     INLINE void narrow_product(float* out, int k) {
         vec rows[L / 2];
         block.next.fetch();
         narrow_tile(rows, dS + k * W, W, written, W, at.panels, static_cast<int64_t>(at.Kp) * W);
 #pragma GCC unroll 8
-        for (int e = 0; e < L / 2; e++) store(out + e * L, rows[e]);
+        for (int e = 0; e < L / 2; e++) store(out + e * L, DECAY == PER_HEAD ? rows[e] * block.to_end[e] : rows[e]);
     }
 
     // Where a number decays all keys it is part of T, U and the weights.
@@ -258,23 +266,21 @@ struct UsualBackward {
             for (int e = 0; e < N; e++) key[e] = fw::load(block.key[s][e] + k), d[e] = fw::load(U + (s * N + e) * L);
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
-                pairs(i, T + i * L, fw::load(block.reader[X][i] + k), block.cx[i], weights_of(s, X, i), key, d);
-                pairs(i + 1, T + (Q * N + i) * L, fw::load(block.reader[Q][i] + k), 1, weights_of(s, Q, i), key, d);
+                pairs(i, T + i * L, fw::load(block.reader[X][i] + k) * block.cx[i], passed + place(s, X, i), key, d);
+                pairs(i + 1, T + (Q * N + i) * L, fw::load(block.reader[Q][i] + k), passed + place(s, Q, i), key, d);
             }
 #pragma GCC unroll 8
             for (int e = 0; e < N; e++) store(U + (s * N + e) * L, d[e]);
         }
     }
 
-    // A reader of version `version`, and what it sees
-    INLINE void pairs(int version, float* t, vec reader, float coefficient, const float* w, const vec* key, vec* d) const {
+    // A reader and the events that it sees
+    INLINE void pairs(int events, float* t, vec reader, const float* w, const vec* key, vec* d) const {
         vec sum = fw::load(t);
-        const vec of = reader * coefficient;
 #pragma GCC unroll 8
-        for (int e = 0; e < version; e++) {
-            const float left = DECAY == PER_HEAD ? w[e] * block.factor_of(Q, version - 1, e) : w[e];
-            sum += left * key[e];
-            d[e] += left * of;
+        for (int e = 0; e < events; e++) {
+            sum += w[e] * key[e];
+            d[e] += w[e] * reader;
         }
         store(t, sum);
     }

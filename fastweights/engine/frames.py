@@ -174,13 +174,26 @@ class Backward(Frame):
         micro = array(CMicro, [CMicro(*(NOTHING if i < 0 else to[i] for i in m[:7])) for m in self.micro])
         self.read = array(CRead, [CRead(to[i], NOTHING, 0) for i, _ in self.queries])
         self.gradient = g = CGradient(micro, self.read, state(torch.empty(first.shape, device="cpu")), NOTHING, self.H // block)
-        into = [places if wanted else [] for places, wanted in zip(self.places(micro, self.read, len(tensors)), needed, strict=False)]
+        every = self.places(micro, self.read, len(tensors))
+        into = [self.uses(micro, places, t) if wanted else [] for t, places, wanted in zip(tensors, every, needed, strict=False)]
         fields = [at(self.problem, field) for field in ("reset", "values", "checkpoints")]
-        self.bind(*self.tensor_places, *([f] for f in fields), [at(g, "first")], *([place] for places in into for place in places))
-        self.grads = [(like, len(places)) for like, places in zip(likes, into, strict=True)]  # a tensor that is used twice gets two
-        self.heads_and_types = [(t.shape[2], t.dtype) for t in tensors]
+        self.bind(*self.tensor_places, *([f] for f in fields), [at(g, "first")], *(use for uses in into for use in uses))
+        self.grads = [(like, len(uses)) for like, uses in zip(likes, into, strict=True)]  # a tensor that is used twice gets two
+        self.sums = [
+            (t.shape[2], t.dtype) if uses > 1 or (like is not None and (like.shape[2], like.dtype) != (t.shape[2], t.dtype)) else None
+            for t, (like, uses) in zip(tensors, self.grads, strict=False)
+        ]
         self.first_like = _like(first.shape) if needed[-1] else None
         self.run = opened().fastweights_backward
+
+    def uses(self, micro: ctypes.Array[CMicro], places: list[int], of: Tensor) -> list[list[int]]:
+        """The places of a tensor's gradient, those of one address together: a number of both x and u has one, their sum (csrc)."""
+        of_x = {at(m, "cu"): at(m, "cx") for m in micro} if of.dtype == torch.float32 else {}
+        joined = {place: [place] for place in places if of_x.get(place) not in places}
+        for place in places:
+            if place not in joined:
+                joined[of_x[place]].append(place)
+        return [*joined.values()]
 
     def __call__(
         self,
@@ -201,7 +214,7 @@ class Backward(Frame):
         every = (*tensors, reset, *saved, grad_first, *(grad for grads in found for grad in grads))
         addresses = self.addresses(*[0 if x is None else x.data_ptr() for x in every])
         self.run(self.reference, ctypes.byref(self.gradient), addresses, torch.get_num_threads())
-        return [*[_whole(grads, *wanted) for grads, wanted in zip(found, self.heads_and_types, strict=True)], grad_first]
+        return [*(_whole(grads, *of) if of else (grads or [None])[0] for grads, of in zip(found, self.sums, strict=True)), grad_first]
 
 
 def _like(size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -215,10 +228,8 @@ def _like_gradient(t: Tensor, H: int, block: int) -> Tensor:
     return _like((*t.shape[:2], heads, *t.shape[3:]), t.dtype if t.shape[2] == H else torch.float32)
 
 
-def _whole(grads: list[Tensor], heads: int, dtype: torch.dtype) -> Tensor | None:
+def _whole(grads: list[Tensor], heads: int, dtype: torch.dtype) -> Tensor:
     """The gradient of a tensor: the sum over its uses, and over the blocks of heads that share it."""
-    if not grads:
-        return None
     grad, *others = grads
     for other in others:
         grad += other

@@ -402,7 +402,7 @@ struct Backward {
         row_products(number, given_turned, du, at.Vp, C, at.Vp);
         for (int i = 0; i < chunk.steps; i++) number[i] *= static_cast<float>(chunk.micro(i).su);
         for (int j = 0; j < p.n; j++)
-            if (chunk.head.micro[j].u) put_numbers(to.micro[j].cu, j, number);
+            if (chunk.head.micro[j].u) put_numbers(gradient_of_cu(to.micro[j]), j, number);
     }
 };
 

@@ -88,6 +88,13 @@ INLINE void add_numbers(const Tensor& t, int64_t offset, int count, const Number
     }
 }
 
+// The gradient of the number of u, which is added to that of x where one number is both.
+INLINE Tensor gradient_of_cu(const Micro& to) {
+    Tensor out = to.cu;
+    if (out && out.data == to.cx.data) out.heads = 1;
+    return out;
+}
+
 SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, float scale, bool add) {
     const Type type = static_cast<Type>(t.type);
     int i = 0;

@@ -95,7 +95,7 @@ extern "C" __attribute__((visibility("default"))) void fastweights_use_threads(v
     fw::thread_number.store(reinterpret_cast<int (*)()>(number));
     fw::fork_threads.store(reinterpret_cast<fw::Fork>(entry));
 }
-extern "C" __attribute__((visibility("default"))) int64_t fastweights_abi() { return 5; }
+extern "C" __attribute__((visibility("default"))) int64_t fastweights_abi() { return 6; }
 // Numbers a row of saved values and a checkpoint have.
 extern "C" __attribute__((visibility("default"))) void fastweights_sizes(fw::Problem* p, int64_t* row, int64_t* state) {
     fw::Layout at(*p);

@@ -429,7 +429,8 @@ struct UsualBackward {
         const float* d = ERASE == TIED ? given : du;
         if (ERASE == TIED) block.numbers(block.cu, block.micro().cu, static_cast<float>(block.micro().su), 1);
         block.put(to.micro[0].u, d, at.V, at.Vp, block.cu);
-        if (!to.micro[0].cu) return;
+        const Tensor number_to = gradient_of_cu(to.micro[0]);
+        if (!number_to) return;
         const typename Part::Rows row = block.rows_or_copies(block.u, u, at.V, at.Vp);
         vec products[L];
         clear(products);
@@ -437,7 +438,7 @@ struct UsualBackward {
             for (int v = 0; v < at.Vp; v += L) products[i] += fw::load(row[i] + v) * fw::load(d + i * at.Vp + v);
         float number[L];
         store(number, sums(products) * static_cast<float>(block.micro().su));
-        add_numbers(to.micro[0].cu, block.token * to.micro[0].cu.time, block.count, number);
+        add_numbers(number_to, block.token * number_to.time, block.count, number);
     }
 };
 

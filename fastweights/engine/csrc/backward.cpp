@@ -53,6 +53,9 @@ struct Backward {
     }
 
     Head& head() { return chunk.head; }
+    const float* opened(const float* state) { return state; }
+    void load_gradient(const Tensor& t, int64_t b, int64_t h) { load_state(at, dS, t, b, h); }
+    void store_gradient(const Tensor& t, int64_t b, int64_t h) { store_state(at, dS, t, b, h); }
     static int64_t most_tokens(const Problem& p) { return Part::most_tokens(p); }
 
     void rebuild(float* slot, const float* from, int64_t token, int count, int64_t row) {
@@ -415,7 +418,7 @@ static void heads(Abreast<Pass>& passes, const Gradient& grad, int64_t b, int64_
     for (int i = 0; i < passes.count; i++) {
         passes[i].head().enter(p, p.micro, p.read, b, h + i * apart);
         passes[i].to.enter(p, grad.micro, grad.read, b, h + i * apart);
-        load_state(passes[i].at, passes[i].dS, grad.last, b, h + i * apart);
+        passes[i].load_gradient(grad.last, b, h + i * apart);
     }
     auto row = [&](int i) { return b * p.H + h + i * apart; };
     for (int64_t s = segments - 1; s >= 0; s--) {
@@ -431,7 +434,7 @@ static void heads(Abreast<Pass>& passes, const Gradient& grad, int64_t b, int64_
             last[blocks] = token == end || starts_anew(p, b, token);
             for (int i = 0; i < passes.count; i++) {
                 float* slot = passes[i].states + rebuilt * size;
-                start[blocks][i] = anew ? passes[i].zeros : blocks == 0 ? p.checkpoints + (row(i) * segments + s) * size : slot - size;
+                start[blocks][i] = anew ? passes[i].zeros : blocks ? slot - size : passes[i].opened(p.checkpoints + (row(i) * segments + s) * size);
                 if (!last[blocks]) passes[i].rebuild(slot, start[blocks][i], first[blocks], count, row(i));
             }
             rebuilt += !last[blocks];
@@ -443,7 +446,7 @@ static void heads(Abreast<Pass>& passes, const Gradient& grad, int64_t b, int64_
                 if (start[c][i] == passes[i].zeros) std::memset(passes[i].dS, 0, sizeof(float) * size);
             }
     }
-    for (int i = 0; i < passes.count; i++) store_state(passes[i].at, passes[i].dS, grad.first, b, h + i * apart);
+    for (int i = 0; i < passes.count; i++) passes[i].store_gradient(grad.first, b, h + i * apart);
 }
 
 struct Job {
@@ -468,7 +471,7 @@ static void backward(Job job) {
 template <Decay DECAY, Erase ERASE>
 static void backward_of(Job job) {
     if constexpr (ERASE != NO_ERASE) {
-        if (usual(*job.p) && Layout(*job.p).panel == L) return backward<UsualBackward<DECAY, ERASE, 1>>(job);
+        if (usual(*job.p) && Layout(*job.p).Kp % (2 * L)) return backward<UsualBackward<DECAY, ERASE, 1>>(job);
         if (usual(*job.p)) return backward<UsualBackward<DECAY, ERASE, 2>>(job);
     }
     backward<Backward<DECAY, ERASE>>(job);

@@ -274,8 +274,6 @@ struct Block {
 
 // ---- a panel of S: rows of NV vectors --------------------------------------------------------------------------------
 
-constexpr int STEP = L < 8 ? 8 : L;  // rows of a panel between two fetches
-
 // sum[m] = row m of M . panel
 template <int M, int NV>
 INLINE void read_panel(Ahead& next, vec (&sum)[M][NV], const float* rows, int64_t K, const float* s) {
@@ -298,21 +296,17 @@ INLINE void read_panel(Ahead& next, vec (&sum)[M][NV], const float* rows, int64_
     }
 }
 
-// to = diag(scale) from + the sum over E of keys times values, where scale is nothing, one number, or one per key
-template <Decay SCALE, int E, int NV>
-INLINE void write_panel(Ahead& next, float* to, const float* from, const float* scale, const float* keys, int64_t K, const vec (&value)[E][NV]) {
+// to = `decayed` from + the sum over E of keys times values, where decayed(x, k, v) is what is left of vector v of row k
+template <int E, int NV, class Decayed>
+INLINE void write_panel(Ahead& next, float* to, const float* from, const float* keys, int64_t K, const vec (&value)[E][NV], Decayed decayed) {
     constexpr int ROWS = MR / 2;  // at once
-    const vec same = broadcast(*scale);
     for (int k = 0; k < K; k += ROWS, from += ROWS * NV * L, to += ROWS * NV * L) {
         if (k % STEP == 0) next.fetch();
         vec row[ROWS][NV];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; v++) {
-                row[r][v] = load(from + (r * NV + v) * L);
-                if (SCALE != NO_DECAY) row[r][v] *= SCALE == PER_KEY ? broadcast(scale[k + r]) : same;
-            }
+            for (int v = 0; v < NV; v++) row[r][v] = decayed(load(from + (r * NV + v) * L), k + r, v);
 #pragma GCC unroll 16
         for (int e = 0; e < E; e++)
 #pragma GCC unroll 4

@@ -16,6 +16,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define SHARED inline __attribute__((noinline))  // compiled once a file, not once a class of programs
+#define APART __attribute__((noinline))          // a loop that needs the registers for itself
 
 namespace fw {
 
@@ -232,19 +233,15 @@ INLINE void tile(float* c, int c_stride, const float* a, int64_t a_row, int64_t 
         for (int n = 0; n < N; n++) store(c + m * c_stride + n * L, acc[m][n]);
 }
 
-// C[r][:] = sum_d A[r, d] B[d][:] for L rows and L columns, as `tile` does, times `scale`. Row r of C is column r of `out`. The rows of A
-// that come after these will be next.
-INLINE void square_tile(vec (&out)[L], const float* a, int64_t a_row, const float* b, int depth, vec scale, int panels, int64_t a_panel) {
+// C[r][:] = sum_d A[r, d] B[d][:] for L rows and L columns; B goes on from panel to panel. Row r of C is column r of `out`.
+INLINE void square_tile(vec (&out)[L], const float* a, int64_t a_row, const float* b, int depth, int panels, int64_t a_panel) {
     clear(out);
     for (int p = 0; p < panels; p++, a += a_panel)
         for (int d = 0; d < depth; d++, b += L) {
             const vec row = load(b);
-            __builtin_prefetch(a + L * a_row + d * L);
 #pragma GCC unroll 16
             for (int m = 0; m < L; m++) out[m] += a[m * a_row + d] * row;
         }
-#pragma GCC unroll 16
-    for (int m = 0; m < L; m++) out[m] *= scale;
     turn(out);
 }
 

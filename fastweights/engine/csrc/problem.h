@@ -107,12 +107,14 @@ struct Head {
 
 INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+constexpr int STEP = L < 8 ? 8 : L;  // rows of a panel between two fetches
+
 // How S and rows are padded: keys to whole tiles, values to panels of one or two vectors. S is [panel][key][value of panel].
 struct Layout {
     int K, V, Kp, Vp, panel, panels;
 
     explicit Layout(const Problem& p)
-        : K(p.K), V(p.V), Kp(round_up(p.K, L < 8 ? 8 : L)), Vp(p.V <= L ? L : round_up(p.V, 2 * L)), panel(Vp <= L ? L : 2 * L),
+        : K(p.K), V(p.V), Kp(round_up(p.K, STEP)), Vp(p.V <= L ? STEP : round_up(p.V, 2 * L)), panel(Vp <= L ? L : 2 * L),
           panels(Vp / panel) {}
     int64_t state() const { return static_cast<int64_t>(Kp) * Vp; }
 };

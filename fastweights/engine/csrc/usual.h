@@ -78,7 +78,11 @@ struct Usual {
                 if (DECAY == PER_HEAD) value[e][v] *= block.to_end[e % N];
                 if (e % N >= block.count) value[e][v] = vec{};  // there is no such token
             }
-        write_panel<DECAY>(block.next, s, s, block.total, block.ends, at.Kp, value);
+        const float* total = block.total;
+        const vec same = broadcast(*total);
+        write_panel(block.next, s, s, block.ends, at.Kp, value, [&](vec x, int k, int) {
+            return DECAY == NO_DECAY ? x : x * (DECAY == PER_KEY ? broadcast(total[k]) : same);
+        });
     }
 
     // What a reader of token i sees of the events of the block

@@ -7,50 +7,50 @@
 //   dy_e   = D(e -> N) (dS val_e) + the same pairs, with what read in the place of y_e
 //   dS_0   = diag(P_N) dS + sum over i of (P_i x_i) dval_i^T + (P_{i+1} q_i) do_i^T
 //
-// and the gradient of log a_l is the sum over all paths that a_l decays, as in backward.cpp. S_0 times all readers' gradients is a product
-// whose columns, readers, fill a vector; it and dS times the values are turned into rows L keys at a time, where everything that has a key
-// is done while it is in registers.
+// and the gradient of log a_l is the sum over all paths that a_l decays, as in backward.cpp. S and dS are kept turned, with keys in the
+// lanes of vectors: what has a key is then a row of a product, and is done W keys at a time. Only dval has values in its lanes: dS times the
+// keys is a product whose columns, events, fill a vector or half of one, and it is turned into rows.
 #pragma once
 #include "block.h"
 
 namespace fw {
 
-template <Decay DECAY, Erase ERASE, int NV>
+template <Decay DECAY, Erase ERASE, int NK>
 struct UsualBackward {
     using Part = Block<DECAY, ERASE, L / 2>;
     static constexpr int N = Part::N, SETS = Part::SETS, EVENTS = Part::EVENTS, READERS = Part::READERS, X = Part::X, Q = Part::Q;
     static_assert(ERASE != NO_ERASE && READERS == L, "readers fill a vector");
     static constexpr bool PAIRS = EVENTS < L;  // events fill half a vector
-    static constexpr int W = NV * L, SCORES = N / 2 * Part::GROUP;
+    static constexpr int W = NK * L, SCORES = N / 2 * Part::GROUP;
     const Problem& p;
     Scratch memory;
     Part block;
     const Layout& at;
     Head to;                        // the gradients of this head
-    float *states, *zeros, *dS;     // S_0 of the blocks of a segment; nothing; the gradient of S
+    float *opening, *states;        // [Kp / W][Vp][W] S_0 of the first block of a segment, and of the others
+    float *zeros, *dS;              // likewise nothing, and the gradient of S
     float *given, *values, *du;     // [L][Vp] dval_i and do_i; [L][Vp] val_e, and u_e or zeros; [N][Vp], where the erase is free
-    float *seen, *written;          // [Vp][L] the same turned
+    float* ends;                    // what is left of the keys in the end, turned: [Kp][L], or in pairs [Kp / 2][L]
     float *decays, *decay;          // per key: [segment][Kp] a_i of the blocks that were rebuilt; [N][Kp] those of another
     float *dx, *dq, *dkeys, *dlog;  // [N][Kp]; dkeys [EVENTS][Kp]
     typename Part::Places q_to, key_to[SETS], log_to;  // their rows, or those of tensors
     float *weight, *passed;         // as score: gradient . value; the same times what is left of the event, if that is a number
     vec of_reader[L], of_event[L], of_x[L], whole[4];  // sums over keys: reader . gradient, key . gradient, x . dx, S_0 . dS
-    float left_of_events[L];        // per head: D(e -> N)
     double log_of_head[N];
 
     static int64_t slots(const Problem& p) { return p.segment / N + 2; }
     static int64_t size(const Problem& p) {
         Layout at(p);
-        return Part::size(at, true) + (slots(p) + 2) * at.state() + (4 * L + N) * at.Vp + (3 * N + EVENTS) * at.Kp + decays_size(p, at) +
+        return Part::size(at, true) + (slots(p) + 3) * at.state() + (2 * L + N) * at.Vp + (L + 3 * N + EVENTS) * at.Kp + decays_size(p, at) +
                2 * SETS * SCORES + 512;
     }
     static int64_t decays_size(const Problem& p, const Layout& at) { return DECAY == PER_KEY ? p.segment * at.Kp : 0; }
     static int64_t most_tokens(const Problem&) { return N; }
 
     UsualBackward(const Problem& problem, float* room) : p(problem), memory{room}, block(p, memory, true), at(block.at) {
-        states = memory.take(slots(p) * at.state()), zeros = memory.take(at.state()), dS = memory.take(at.state());
+        opening = memory.take(at.state()), states = memory.take(slots(p) * at.state());
+        zeros = memory.take(at.state()), dS = memory.take(at.state()), ends = memory.take(L * at.Kp);
         given = memory.take(L * at.Vp), values = memory.take(L * at.Vp), du = memory.take(N * at.Vp);
-        seen = memory.take(L * at.Vp), written = memory.take(L * at.Vp);
         dx = memory.take(N * at.Kp), dq = memory.take(N * at.Kp), dkeys = memory.take(EVENTS * at.Kp), dlog = memory.take(N * at.Kp);
         weight = memory.take(SETS * SCORES), passed = DECAY == PER_HEAD ? memory.take(SETS * SCORES) : weight;
         decays = memory.take(decays_size(p, at)), decay = block.decay;
@@ -58,6 +58,33 @@ struct UsualBackward {
         std::memset(values, 0, sizeof(float) * L * at.Vp);
     }
     Head& head() { return block.head; }
+
+    // A state as the forward pass lays it out, turned.
+    const float* opened(const float* state) {
+        for (int v = 0; v < at.Vp; v += at.panel, state += at.Kp * at.panel)
+            for (int k = 0; k < at.Kp; k += W) transpose(opening + k * at.Vp + v * W, W, state + k * at.panel, at.panel, W, at.panel);
+        return opening;
+    }
+    void load_gradient(const Tensor& t, int64_t b, int64_t h) {
+        std::memset(dS, 0, sizeof(float) * at.state());
+        each_row(t, b, h, [&](const float* row, int64_t step, float* to, int n) {
+            for (int k = 0; k < n; k++) to[k] = row[k * step];
+        });
+    }
+    void store_gradient(const Tensor& t, int64_t b, int64_t h) {
+        each_row(t, b, h, [&](float* row, int64_t step, const float* from, int n) {
+            for (int k = 0; k < n; k++) row[k * step] = from[k];
+        });
+    }
+    // f(keys of a value in a state of any strides, from key to key, the same keys in dS, how many)
+    template <class F>
+    INLINE void each_row(const Tensor& t, int64_t b, int64_t h, F f) {
+        if (!t) return;
+        float* state = reinterpret_cast<float*>(t.data) + b * t.batch + h * t.head;
+        for (int v = 0; v < at.V; v++)
+            for (int k = 0; k < at.K; k += W)
+                f(state + v * t.time + k * t.channel, t.channel, dS + k * at.Vp + v * W, at.K - k < W ? at.K - k : W);
+    }
 
     // A block that is rebuilt leaves its decays for its way back.
     void load(int64_t token, int count, int64_t row, bool kept, bool known) {
@@ -78,21 +105,21 @@ struct UsualBackward {
         block.ahead = N;
         load(token, count, row, true, false);
         block.decay_events();
-        float numbers[EVENTS];
-        for (int s = 0; s < SETS; s++) std::memcpy(numbers + s * N, block.to_end, sizeof block.to_end);
-        add<EVENTS>(slot, from, block.ends, values, numbers);
+        add<EVENTS>(slot, from, values, [&](int e, int k) { return fw::load(block.ends + e * at.Kp + k) * block.to_end[e % N]; });
     }
 
-    // to = from, decayed, + the sum over E of keys times numbers times rows
-    template <int E>
-    INLINE void add(float* to, const float* from, const float* keys, const float* rows, const float (&numbers)[E]) {
-        for (int n = 0; n < at.panels; n++, to += at.Kp * W, from += at.Kp * W, rows += W) {
-            vec value[E][NV];
-#pragma GCC unroll 16
-            for (int e = 0; e < E; e++)
+    // to = from, decayed, + the sum over E of keys times rows of values
+    template <int E, class Keys>
+    APART void add(float* to, const float* from, const float* rows, Keys keys) {
+        for (int k = 0; k < at.Kp; k += W, to += at.Vp * W, from += at.Vp * W) {
+            vec key[E][NK], left[NK];
 #pragma GCC unroll 2
-                for (int v = 0; v < NV; v++) value[e][v] = fw::load(rows + e * at.Vp + v * L) * numbers[e];
-            write_panel<DECAY>(block.next, to, from, block.total, keys, at.Kp, value);
+            for (int v = 0; v < NK; v++) {
+                left[v] = DECAY == PER_KEY ? fw::load(block.total + k + v * L) : broadcast(*block.total);
+#pragma GCC unroll 16
+                for (int e = 0; e < E; e++) key[e][v] = keys(e, k + v * L);
+            }
+            write_panel(block.next, to, from, rows, at.Vp, key, [&](vec x, int, int v) { return DECAY == NO_DECAY ? x : x * left[v]; });
         }
     }
 
@@ -103,14 +130,15 @@ struct UsualBackward {
         block.rows(given + Q * N * at.Vp, to.read[0].out, at.V, at.Vp);
         soon();
         block.scores();
-        for (int n = 0; n < at.panels; n++) gradient_of_values(n);
-        turn_values();
+        if (PAIRS) transpose_pairs(ends, block.ends, at.Kp, at.Kp);
+        else transpose(ends, L, block.ends, at.Kp, L, at.Kp);
+        for (int v = 0; v < at.Vp; v += L) gradient_of_values(v);
         weights();
         for (int i = 0; i < L; i++) of_reader[i] = of_event[i] = of_x[i] = vec{};
         for (vec& x : whole) x = vec{};
         q_to = block.places(dq, to.read[0].q, at.K, at.Kp), log_to = block.places(dlog, to.micro[0].g, at.K, at.Kp);
         for (int s = 0; s < SETS; s++) key_to[s] = block.places(dkeys + s * N * at.Kp, key_gradient(s), at.K, at.Kp);
-        for (int k = 0; k < at.Kp; k += L) keys(S, k);
+        for (int k = 0; k < at.Kp; k += W) keys(S, k);
         if (DECAY == PER_HEAD) log_per_head();
         advance();
         give();
@@ -127,60 +155,41 @@ struct UsualBackward {
 
     // ---- values ------------------------------------------------------------------------------------------------------
 
-    INLINE void gradient_of_values(int n) {
-        const float* panel = dS + n * static_cast<int64_t>(at.Kp) * W;
-        vec d[N][NV], second[N][NV];
-        read_panel(block.next, d, block.ends, at.Kp, panel);
-        from_queries(d, 0, n);
+    // L of them, from v on
+    APART void gradient_of_values(int v) {
+        vec d[EVENTS];
+        const float* rows = dS + v * W;
+        const int64_t panel = static_cast<int64_t>(at.Vp) * W;
+        block.next.fetch();
+        if constexpr (PAIRS) narrow_tile(d, rows, W, ends, W, at.Kp / W, panel);
+        else square_tile(d, rows, W, ends, W, at.Kp / W, panel);
+#pragma GCC unroll 2
+        for (int s = 0; s < SETS; s++) from_queries(d + s * N, s, v);
 #pragma GCC unroll 8
         for (int i = N - 1; i > 0; i--)
 #pragma GCC unroll 8
-            for (int e = 0; e < i; e++)
-#pragma GCC unroll 2
-                for (int v = 0; v < NV; v++) d[e][v] += block.scores_of(0, X, i)[e] * d[i][v];
-        put_values(given, d, n);
+            for (int e = 0; e < i; e++) d[e] += block.scores_of(0, X, i)[e] * d[i];
+#pragma GCC unroll 8
+        for (int e = 0; e < N; e++) store(given + e * at.Vp + v, d[e]);
         if (ERASE != FREE) return;
-        read_panel(block.next, second, block.ends + N * at.Kp, at.Kp, panel);
-        from_queries(second, 1, n);
 #pragma GCC unroll 8
         for (int i = 1; i < N; i++)
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; v++) {
-                const vec of = fw::load(given + i * at.Vp + n * W + v * L);
 #pragma GCC unroll 8
-                for (int e = 0; e < i; e++) second[e][v] += block.scores_of(1, X, i)[e] * of;
-            }
-        put_values(du, second, n);
+            for (int e = 0; e < i; e++) d[EVENTS - N + e] += block.scores_of(1, X, i)[e] * d[i];
+#pragma GCC unroll 8
+        for (int e = 0; e < N; e++) store(du + e * at.Vp + v, d[EVENTS - N + e]);
     }
 
-    INLINE void from_queries(vec (&d)[N][NV], int set, int n) {
+    INLINE void from_queries(vec* d, int set, int v) {
 #pragma GCC unroll 8
         for (int e = 0; e < N; e++)
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; v++)
-                if (DECAY == PER_HEAD) d[e][v] *= block.to_end[e];
+            if (DECAY == PER_HEAD) d[e] *= block.to_end[e];
 #pragma GCC unroll 8
-        for (int i = 0; i < N; i++)
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; v++) {
-                const vec of = fw::load(given + (Q * N + i) * at.Vp + n * W + v * L);
+        for (int i = 0; i < N; i++) {
+            const vec of = fw::load(given + (Q * N + i) * at.Vp + v);
 #pragma GCC unroll 8
-                for (int e = 0; e <= i; e++) d[e][v] += block.scores_of(set, Q, i)[e] * of;
-            }
-    }
-
-    INLINE void put_values(float* rows, const vec (&d)[N][NV], int n) {
-#pragma GCC unroll 8
-        for (int e = 0; e < N; e++)
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; v++) store(rows + e * at.Vp + n * W + v * L, d[e][v]);
-    }
-
-    void turn_values() {
-        transpose(seen, L, given, at.Vp, L, at.Vp);
-        if (PAIRS) transpose_pairs(written, values, at.Vp, at.Vp);
-        else transpose(written, L, values, at.Vp, L, at.Vp);
-        for (int e = 0; e < EVENTS; e++) left_of_events[e] = block.to_end[e % N];
+            for (int e = 0; e <= i; e++) d[e] += block.scores_of(set, Q, i)[e] * of;
+        }
     }
 
     // weight = gradient of what a reader read . value of an event, where it sees it
@@ -196,81 +205,81 @@ struct UsualBackward {
                 pass(place(s, Q, i), &block.factor_of(Q, i, 0));
             }
     }
+    INLINE static const typename Part::of_events& of(const float* x) { return *reinterpret_cast<const typename Part::of_events*>(x); }
     INLINE void pass(int at, const float* left) const {
-        using Numbers = typename Part::of_events;
-        *reinterpret_cast<Numbers*>(passed + at) = *reinterpret_cast<const Numbers*>(weight + at) * *reinterpret_cast<const Numbers*>(left);
+        *reinterpret_cast<typename Part::of_events*>(passed + at) = of(weight + at) * of(left);
     }
     INLINE static int place(int set, int kind, int i) { return set * SCORES + Part::place(kind, i); }
     INLINE const float* weights_of(int set, int kind, int i) const { return weight + place(set, kind, i); }
 
     // ---- keys --------------------------------------------------------------------------------------------------------
 
-    // Everything that has one of L keys from k on: T and U are S_0 times the readers' gradients and dS times the values.
+    // Everything that has one of W keys from k on: T and U are S_0 times the readers' gradients and dS times the values.
     INLINE void keys(const float* S, int k) {
-        float T[L * L], U[L * L];
+        float T[READERS * W], U[EVENTS * W];
+        const float *s = S + k * at.Vp, *d = dS + k * at.Vp;
+#pragma GCC unroll 2
+        for (int r = 0; r < READERS; r += N) product(T + r * W, given + r * at.Vp, s, block.left + r);
+#pragma GCC unroll 2
+        for (int e = 0; e < EVENTS; e += N) product(U + e * W, values + e * at.Vp, d, block.to_end);
+        for (int of = 0; of < at.Vp * W && DECAY == PER_HEAD; of += 4 * L)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) whole[j] += fw::load(s + of + j * L) * fw::load(d + of + j * L);
+        for (int v = 0; v < W; v += L) keys(s + v, d + v, k + v, T + v, U + v);
+    }
+
+    // N rows times a panel, and times what is left of them, if that is a number
+    APART void product(float* out, const float* rows, const float* panel, const float* left) {
+        vec sum[N][NK];
+        read_panel(block.next, sum, rows, at.Vp, panel);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < NK; v++) store(out + i * W + v * L, DECAY == PER_HEAD ? sum[i][v] * left[i] : sum[i][v]);
+    }
+
+    // L of those keys, in columns of the panels and of T and U
+    APART void keys(const float* S, const float* d_of_S, int k, float* T, float* U) {
         vec log[N];
-        product(T, S, seen, block.left, k);
-        if (PAIRS) narrow_product(U, k);
-        else product(U, dS, written, left_of_events, k);
-        if (DECAY == PER_KEY) per_key(S, k, T, U, log);
-        else per_head(S, k, T, U);
+        if (DECAY == PER_KEY) per_key(S, d_of_S, k, T, U, log);
+        else per_head(k, T, U);
         for (int i = 0; i < N; i++) {
-            vec x = fw::load(block.reader[X][i] + k), d = fw::load(T + i * L);
+            vec x = fw::load(block.reader[X][i] + k), d = fw::load(T + i * W);
             if (DECAY == PER_KEY && block.x_decays()) {
                 const vec a = fw::load(block.decay + i * at.Kp + k);
                 x *= a, log[i] += x * d * block.cx[i], of_x[i] += x * d, d *= a;
             } else {
                 of_x[i] += x * d;
             }
-            if (block.micro().x_is_y) store(U + i * L, fw::load(U + i * L) + d * block.cx[i]);
+            if (block.micro().x_is_y) store(U + i * W, fw::load(U + i * W) + d * block.cx[i]);
             else store(dx + i * at.Kp + k, d * block.cx[i]);
         }
         for (int i = 0; i < N; i++) {
-            store(q_to[i] + k, fw::load(T + (Q * N + i) * L));
+            store(q_to[i] + k, fw::load(T + (Q * N + i) * W));
             if (DECAY == PER_KEY) store(log_to[i] + k, log[i]);
         }
-        for (int e = 0; e < EVENTS; e++) store(key_to[e / N][e % N] + k, fw::load(U + e * L));
-    }
-
-    INLINE void product(float* out, const float* state, const float* columns, const float* scale, int k) {
-        vec rows[L];
-        block.next.fetch();
-        square_tile(rows, state + k * W, W, columns, W, fw::load(scale), at.panels, static_cast<int64_t>(at.Kp) * W);
-#pragma GCC unroll 16
-        for (int r = 0; r < L; r++) store(out + r * L, rows[r]);
-    }
-    INLINE void narrow_product(float* out, int k) {
-        vec rows[L / 2];
-        block.next.fetch();
-        narrow_tile(rows, dS + k * W, W, written, W, at.panels, static_cast<int64_t>(at.Kp) * W);
-#pragma GCC unroll 8
-        for (int e = 0; e < L / 2; e++) store(out + e * L, DECAY == PER_HEAD ? rows[e] * block.to_end[e] : rows[e]);
+        for (int e = 0; e < EVENTS; e++) store(key_to[e / N][e % N] + k, fw::load(U + e * W));
     }
 
     // Where a number decays all keys it is part of T, U and the weights.
-    INLINE void per_head(const float* S, int k, float* T, float* U) {
-        const int64_t K = at.Kp;
+    INLINE void per_head(int k, float* T, float* U) {
         if (DECAY == PER_HEAD) {
-            for (int n = 0; n < at.panels; n++)
-                for (int64_t of = (n * K + k) * W; of < (n * K + k + L) * W; of += 4 * L)
-#pragma GCC unroll 4
-                    for (int j = 0; j < 4; j++) whole[j] += fw::load(S + of + j * L) * fw::load(dS + of + j * L);
 #pragma GCC unroll 16
-            for (int r = 0; r < READERS; r++) of_reader[r] += fw::load(block.reader_row(r) + k) * fw::load(T + r * L);
+            for (int r = 0; r < READERS; r++) of_reader[r] += fw::load(block.reader_row(r) + k) * fw::load(T + r * W);
 #pragma GCC unroll 16
-            for (int e = 0; e < EVENTS; e++) of_event[e] += fw::load(block.key[e / N][e % N] + k) * fw::load(U + e * L);
+            for (int e = 0; e < EVENTS; e++) of_event[e] += fw::load(block.key[e / N][e % N] + k) * fw::load(U + e * W);
         }
         for (int s = 0; s < SETS; s++) {
             vec key[N], d[N];
 #pragma GCC unroll 8
-            for (int e = 0; e < N; e++) key[e] = fw::load(block.key[s][e] + k), d[e] = fw::load(U + (s * N + e) * L);
+            for (int e = 0; e < N; e++) key[e] = fw::load(block.key[s][e] + k), d[e] = fw::load(U + (s * N + e) * W);
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
-                pairs(i, T + i * L, fw::load(block.reader[X][i] + k) * block.cx[i], passed + place(s, X, i), key, d);
-                pairs(i + 1, T + (Q * N + i) * L, fw::load(block.reader[Q][i] + k), passed + place(s, Q, i), key, d);
+                pairs(i, T + i * W, fw::load(block.reader[X][i] + k) * block.cx[i], passed + place(s, X, i), key, d);
+                pairs(i + 1, T + (Q * N + i) * W, fw::load(block.reader[Q][i] + k), passed + place(s, Q, i), key, d);
             }
 #pragma GCC unroll 8
-            for (int e = 0; e < N; e++) store(U + (s * N + e) * L, d[e]);
+            for (int e = 0; e < N; e++) store(U + (s * N + e) * W, d[e]);
         }
     }
 
@@ -286,7 +295,7 @@ struct UsualBackward {
     }
 
     // Where every key has its decay. sink is what an event gives to readers at or after a token, per unit of what is left of it then.
-    INLINE void per_key(const float* S, int k, float* T, float* U, vec* log) {
+    INLINE void per_key(const float* S, const float* d_of_S, int k, float* T, float* U, vec* log) {
         const int64_t K = at.Kp;
         vec a[N], reader[READERS], so_far[N + 1], to_end[N];
         so_far[0] = broadcast(1), to_end[N - 1] = broadcast(1);
@@ -300,15 +309,15 @@ struct UsualBackward {
         vec later = {};  // what readers after a token take from S_0
 #pragma GCC unroll 16
         for (int v = N; v > 0; v--) {
-            if (v < N) later += through(T + v * L, block.scaled + v * K + k, so_far[v]) * block.cx[v];
-            later += through(T + (Q * N + v - 1) * L, block.scaled + (Q * N + v - 1) * K + k, so_far[v]);
+            if (v < N) later += through(T + v * W, block.scaled + v * K + k, so_far[v]) * block.cx[v];
+            later += through(T + (Q * N + v - 1) * W, block.scaled + (Q * N + v - 1) * K + k, so_far[v]);
             log[v - 1] = later;
         }
-        vec before = whole_rows(S, k) * so_far[N];  // what passes through all of the block, and what events before a token leave in S
+        vec before = row_sums(S, d_of_S) * so_far[N];  // what passes through all of the block, and what events before a token leave in S
 #pragma GCC unroll 8
         for (int e = 0; e < N; e++) {
             log[e] += before;
-            for (int s = 0; s < SETS; s++) before += through(U + (s * N + e) * L, block.ends + (s * N + e) * K + k, to_end[e]);
+            for (int s = 0; s < SETS; s++) before += through(U + (s * N + e) * W, block.ends + (s * N + e) * K + k, to_end[e]);
         }
         for (int s = 0; s < SETS; s++) {
             vec sink[N][N], now[N];
@@ -324,7 +333,7 @@ struct UsualBackward {
                     }
                     sink[l][e] = now[e] = sum;
                 }
-                store(U + (s * N + l) * L, fw::load(U + (s * N + l) * L) + now[l]);
+                store(U + (s * N + l) * W, fw::load(U + (s * N + l) * W) + now[l]);
             }
 #pragma GCC unroll 8
             for (int v = 0; v < N; v++) {
@@ -339,25 +348,21 @@ struct UsualBackward {
                 now[v] = fw::load(block.key[s][v] + k);
 #pragma GCC unroll 8
                 for (int e = 0; e <= v; e++) of_q += q[e] * now[e];
-                store(T + v * L, fw::load(T + v * L) + of_x);
-                store(T + (Q * N + v) * L, fw::load(T + (Q * N + v) * L) + of_q);
+                store(T + v * W, fw::load(T + v * W) + of_x);
+                store(T + (Q * N + v) * W, fw::load(T + (Q * N + v) * W) + of_q);
                 log[v] += of_log;
             }
         }
     }
 
-    // a row of S_0 . the same row of dS, for L keys from k on
-    INLINE vec whole_rows(const float* S, int k) const {
-        vec products[L];
-        clear(products);
-        for (int n = 0; n < at.panels; n++) {
-            const int64_t of = (static_cast<int64_t>(n) * at.Kp + k) * W;
-#pragma GCC unroll 16
-            for (int j = 0; j < L; j++)
-#pragma GCC unroll 2
-                for (int v = 0; v < NV; v++) products[j] += fw::load(S + of + (j * NV + v) * L) * fw::load(dS + of + (j * NV + v) * L);
-        }
-        return sums(products);
+    // What L keys hold of S_0 . what they hold of dS
+    INLINE vec row_sums(const float* S, const float* d_of_S) const {
+        vec sum[4];
+        clear(sum);
+        for (int v = 0; v < at.Vp; v += 4)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) sum[j] += fw::load(S + (v + j) * W) * fw::load(d_of_S + (v + j) * W);
+        return (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
 
     // The product of a decayed row with its gradient, which decays in its turn.
@@ -397,7 +402,7 @@ struct UsualBackward {
     void advance() {
         float numbers[READERS];
         for (int r = 0; r < READERS; r++) numbers[r] = block.left[r] * (r < N ? block.cx[r] : 1.0f);
-        add<READERS>(dS, dS, block.scaled, given, numbers);
+        add<READERS>(dS, dS, given, [&](int r, int k) { return fw::load(block.scaled + r * at.Kp + k) * numbers[r]; });
     }
 
     const Tensor& key_gradient(int s) const { return s ? to.micro[0].w : to.micro[0].y; }

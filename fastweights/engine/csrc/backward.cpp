@@ -53,7 +53,9 @@ struct Backward {
     }
 
     Head& head() { return chunk.head; }
+    float* slot(int64_t i) const { return states + i * at.state(); }
     const float* opened(const float* state) { return state; }
+    void clear_gradient() { std::memset(dS, 0, sizeof(float) * at.state()); }
     void load_gradient(const Tensor& t, int64_t b, int64_t h) { load_state(at, dS, t, b, h); }
     void store_gradient(const Tensor& t, int64_t b, int64_t h) { store_state(at, dS, t, b, h); }
     static int64_t most_tokens(const Problem& p) { return Part::most_tokens(p); }
@@ -433,9 +435,9 @@ static void heads(Abreast<Pass>& passes, const Gradient& grad, int64_t b, int64_
             token += count;
             last[blocks] = token == end || starts_anew(p, b, token);
             for (int i = 0; i < passes.count; i++) {
-                float* slot = passes[i].states + rebuilt * size;
-                start[blocks][i] = anew ? passes[i].zeros : blocks ? slot - size : passes[i].opened(p.checkpoints + (row(i) * segments + s) * size);
-                if (!last[blocks]) passes[i].rebuild(slot, start[blocks][i], first[blocks], count, row(i));
+                const float* checkpoint = p.checkpoints + (row(i) * segments + s) * size;
+                start[blocks][i] = anew ? passes[i].zeros : blocks ? passes[i].slot(rebuilt - 1) : passes[i].opened(checkpoint);
+                if (!last[blocks]) passes[i].rebuild(passes[i].slot(rebuilt), start[blocks][i], first[blocks], count, row(i));
             }
             rebuilt += !last[blocks];
         }
@@ -443,7 +445,7 @@ static void heads(Abreast<Pass>& passes, const Gradient& grad, int64_t b, int64_
         for (int c = blocks - 1; c >= 0; c--)
             for (int i = 0; i < passes.count; i++) {
                 passes[i].run(start[c][i], first[c], static_cast<int>(first[c + 1] - first[c]), row(i), !last[c]);
-                if (start[c][i] == passes[i].zeros) std::memset(passes[i].dS, 0, sizeof(float) * size);
+                if (start[c][i] == passes[i].zeros) passes[i].clear_gradient();
             }
     }
     for (int i = 0; i < passes.count; i++) passes[i].store_gradient(grad.first, b, h + i * apart);

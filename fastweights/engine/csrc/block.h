@@ -272,6 +272,23 @@ struct Block {
     }
 };
 
+// Where a number decays all of a state, it is not multiplied in every block: it is `by` times what is kept of it, until that is little.
+struct PutOff {
+    static constexpr float LEAST = 1e-6f;
+    float by = 1;
+
+    // One decay more. What is kept is multiplied by the result, and stays as it is if that is 1.
+    INLINE float decay(float a) {
+        const float all = by * a;
+        const bool enough = all >= LEAST;
+        by = enough ? all : 1.0f;
+        return enough ? 1.0f : all;
+    }
+};
+INLINE void scale_state(const Layout& at, float* to, const float* from, float by) {
+    for (int64_t i = 0; i < at.state(); i += L) store(to + i, load(from + i) * by);
+}
+
 // ---- a panel of S: rows of NV vectors --------------------------------------------------------------------------------
 
 // sum[m] = row m of M . panel

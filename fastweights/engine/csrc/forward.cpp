@@ -35,6 +35,8 @@ struct Forward {
 
     static int64_t most_tokens(const Problem& p) { return Part::most_tokens(p); }
     Head& head() { return chunk.head; }
+    void clear() { std::memset(S, 0, sizeof(float) * at.state()); }
+    void keep(float* checkpoint) const { std::memcpy(checkpoint, S, sizeof(float) * at.state()); }
     void finish() const {}
 
     void run(int64_t token, int count, int64_t row) {
@@ -140,10 +142,8 @@ static void heads(Problem& p, int64_t b, int64_t h, int count) {
         const int64_t end = (t / p.segment + 1) * p.segment;
         const int tokens = next_chunk(p, Pass::most_tokens(p), b, t, end < p.T ? end : p.T);
         for (int i = 0; i < count; i++) {
-            float* S = passes[i].S;
-            if (anew) std::memset(S, 0, sizeof(float) * size);
-            if (p.checkpoints && t % p.segment == 0)
-                std::memcpy(p.checkpoints + ((row + i) * segments + t / p.segment) * size, S, sizeof(float) * size);
+            if (anew) passes[i].clear();
+            if (p.checkpoints && t % p.segment == 0) passes[i].keep(p.checkpoints + ((row + i) * segments + t / p.segment) * size);
             passes[i].run(t, tokens, row + i);
         }
         t += tokens;

@@ -15,8 +15,9 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
-#define SHARED inline __attribute__((noinline))  // compiled once a file, not once a class of programs
-#define APART __attribute__((noinline))          // a loop that needs the registers for itself
+#define INLINE_CALL __attribute__((always_inline))  // of a lambda
+#define SHARED inline __attribute__((noinline))     // compiled once a file, not once a class of programs
+#define APART __attribute__((noinline))             // loops that need the registers for themselves
 
 namespace fw {
 

@@ -22,6 +22,8 @@ struct Usual {
     float *S, *val, *out;  // val and out: [N][Vp]
     typename Part::Rows u;
     typename Part::Places read_to;
+    PutOff kept;           // of S
+    float decay = 1;       // what is kept of it is multiplied by this
 
     static int64_t size(const Problem& p) {
         Layout at(p);
@@ -29,7 +31,15 @@ struct Usual {
     }
     static int64_t most_tokens(const Problem&) { return N; }
     Head& head() { return block.head; }
-    void finish() const { block.finish(); }
+    void clear() {
+        std::memset(S, 0, sizeof(float) * at.state());
+        kept = {};
+    }
+    void keep(float* checkpoint) const { scale_state(at, checkpoint, S, kept.by); }
+    void finish() {
+        block.finish();
+        scale_state(at, S, S, kept.by);
+    }
 
     Usual(const Problem& problem, float* room) : p(problem), memory{room}, block(p, memory, false), at(block.at) {
         S = memory.take(at.state()), val = memory.take(N * at.Vp), out = memory.take(N * at.Vp);
@@ -45,9 +55,16 @@ struct Usual {
         read_to = block.places(out, o, at.V, at.Vp);
         block.soon(o, at.V);
         block.scores();
+        if (DECAY == PER_HEAD) put_off();
         for (int n = 0; n < at.panels; n++) panel(S + n * at.Kp * NV * L, n * NV * L);
         if (read_to.first == out) block.put(o, out, at.V, at.Vp);
         if (p.values && ERASE != NO_ERASE) std::memcpy(p.values + (row * p.T + token) * at.Vp, val, sizeof(float) * count * at.Vp);
+    }
+
+    void put_off() {
+        for (float& left : block.left) left *= kept.by;
+        decay = kept.decay(*block.total);
+        for (float& left : block.to_end) left /= kept.by;
     }
 
     INLINE void panel(float* s, int c) {
@@ -78,11 +95,10 @@ struct Usual {
                 if (DECAY == PER_HEAD) value[e][v] *= block.to_end[e % N];
                 if (e % N >= block.count) value[e][v] = vec{};  // there is no such token
             }
-        const float* total = block.total;
-        const vec same = broadcast(*total);
-        write_panel(block.next, s, s, block.ends, at.Kp, value, [&](vec x, int k, int) {
-            return DECAY == NO_DECAY ? x : x * (DECAY == PER_KEY ? broadcast(total[k]) : same);
-        });
+        const auto write = [&](auto decayed) INLINE_CALL { write_panel(block.next, s, s, block.ends, at.Kp, value, decayed); };
+        if (DECAY == PER_KEY) write([total = block.total](vec x, int k, int) { return x * total[k]; });
+        else if (DECAY == PER_HEAD && decay != 1) write([same = broadcast(decay)](vec x, int, int) { return x * same; });
+        else write([](vec x, int, int) { return x; });
     }
 
     // What a reader of token i sees of the events of the block

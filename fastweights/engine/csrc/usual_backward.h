@@ -27,8 +27,10 @@ struct UsualBackward {
     Part block;
     const Layout& at;
     Head to;                        // the gradients of this head
-    float *opening, *states;        // [Kp / W][Vp][W] S_0 of the first block of a segment, and of the others
+    float *opening, *states;        // [Kp / W][Vp][W] S_0 of the first block of a segment, and of the others; each with its PutOff
     float *zeros, *dS;              // likewise nothing, and the gradient of S
+    PutOff kept;                    // that of dS
+    float left_of_S[READERS], left_of_dS[N];  // per head: P_i or P_{i+1}, times S_0's, and D(e -> N), times dS's
     float *given, *values, *du;     // [L][Vp] dval_i and do_i; [L][Vp] val_e, and u_e or zeros; [N][Vp], where the erase is free
     float* ends;                    // what is left of the keys in the end, turned: [Kp][L], or in pairs [Kp / 2][L]
     float *decays, *decay;          // per key: [segment][Kp] a_i of the blocks that were rebuilt; [N][Kp] those of another
@@ -41,15 +43,16 @@ struct UsualBackward {
     static int64_t slots(const Problem& p) { return p.segment / N + 2; }
     static int64_t size(const Problem& p) {
         Layout at(p);
-        return Part::size(at, true) + (slots(p) + 3) * at.state() + (2 * L + N) * at.Vp + (L + 3 * N + EVENTS) * at.Kp + decays_size(p, at) +
-               2 * SETS * SCORES + 512;
+        return Part::size(at, true) + (slots(p) + 3) * (at.state() + L) + (2 * L + N) * at.Vp + (L + 3 * N + EVENTS) * at.Kp +
+               decays_size(p, at) + 2 * SETS * SCORES + 512;
     }
     static int64_t decays_size(const Problem& p, const Layout& at) { return DECAY == PER_KEY ? p.segment * at.Kp : 0; }
     static int64_t most_tokens(const Problem&) { return N; }
 
     UsualBackward(const Problem& problem, float* room) : p(problem), memory{room}, block(p, memory, true), at(block.at) {
-        opening = memory.take(at.state()), states = memory.take(slots(p) * at.state());
-        zeros = memory.take(at.state()), dS = memory.take(at.state()), ends = memory.take(L * at.Kp);
+        opening = memory.take(at.state() + L), states = memory.take(slots(p) * (at.state() + L));
+        zeros = memory.take(at.state() + L), dS = memory.take(at.state()), ends = memory.take(L * at.Kp);
+        opening[at.state()] = zeros[at.state()] = 1;
         given = memory.take(L * at.Vp), values = memory.take(L * at.Vp), du = memory.take(N * at.Vp);
         dx = memory.take(N * at.Kp), dq = memory.take(N * at.Kp), dkeys = memory.take(EVENTS * at.Kp), dlog = memory.take(N * at.Kp);
         weight = memory.take(SETS * SCORES), passed = DECAY == PER_HEAD ? memory.take(SETS * SCORES) : weight;
@@ -59,19 +62,25 @@ struct UsualBackward {
     }
     Head& head() { return block.head; }
 
+    float* slot(int64_t i) const { return states + i * (at.state() + L); }
     // A state as the forward pass lays it out, turned.
     const float* opened(const float* state) {
         for (int v = 0; v < at.Vp; v += at.panel, state += at.Kp * at.panel)
             for (int k = 0; k < at.Kp; k += W) transpose(opening + k * at.Vp + v * W, W, state + k * at.panel, at.panel, W, at.panel);
         return opening;
     }
-    void load_gradient(const Tensor& t, int64_t b, int64_t h) {
+    void clear_gradient() {
         std::memset(dS, 0, sizeof(float) * at.state());
+        kept = {};
+    }
+    void load_gradient(const Tensor& t, int64_t b, int64_t h) {
+        clear_gradient();
         each_row(t, b, h, [&](const float* row, int64_t step, float* to, int n) {
             for (int k = 0; k < n; k++) to[k] = row[k * step];
         });
     }
     void store_gradient(const Tensor& t, int64_t b, int64_t h) {
+        scale_state(at, dS, dS, kept.by);
         each_row(t, b, h, [&](float* row, int64_t step, const float* from, int n) {
             for (int k = 0; k < n; k++) row[k * step] = from[k];
         });
@@ -105,21 +114,27 @@ struct UsualBackward {
         block.ahead = N;
         load(token, count, row, true, false);
         block.decay_events();
-        add<EVENTS>(slot, from, values, [&](int e, int k) { return fw::load(block.ends + e * at.Kp + k) * block.to_end[e % N]; });
+        PutOff state{from[at.state()]};
+        const float decay = DECAY == PER_HEAD ? state.decay(*block.total) : 1;
+        slot[at.state()] = state.by;
+        for (float& left : block.to_end) left /= state.by;
+        add<EVENTS>(slot, from, decay, values, [&](int e, int k) { return fw::load(block.ends + e * at.Kp + k) * block.to_end[e % N]; });
     }
 
     // to = from, decayed, + the sum over E of keys times rows of values
     template <int E, class Keys>
-    APART void add(float* to, const float* from, const float* rows, Keys keys) {
+    APART void add(float* to, const float* from, float decay, const float* rows, Keys keys) {
         for (int k = 0; k < at.Kp; k += W, to += at.Vp * W, from += at.Vp * W) {
             vec key[E][NK], left[NK];
 #pragma GCC unroll 2
             for (int v = 0; v < NK; v++) {
-                left[v] = DECAY == PER_KEY ? fw::load(block.total + k + v * L) : broadcast(*block.total);
+                left[v] = DECAY == PER_KEY ? fw::load(block.total + k + v * L) : broadcast(decay);
 #pragma GCC unroll 16
                 for (int e = 0; e < E; e++) key[e][v] = keys(e, k + v * L);
             }
-            write_panel(block.next, to, from, rows, at.Vp, key, [&](vec x, int, int v) { return DECAY == NO_DECAY ? x : x * left[v]; });
+            const auto write = [&](auto decayed) INLINE_CALL { write_panel(block.next, to, from, rows, at.Vp, key, decayed); };
+            if (DECAY == PER_KEY || (DECAY == PER_HEAD && decay != 1)) write([&](vec x, int, int v) { return x * left[v]; });
+            else write([](vec x, int, int) { return x; });
         }
     }
 
@@ -127,6 +142,8 @@ struct UsualBackward {
         block.ahead = -N;
         load(token, count, row, rebuilt, rebuilt);
         block.load_readers();
+        for (int r = 0; r < READERS; r++) left_of_S[r] = block.left[r] * S[at.state()];
+        for (int e = 0; e < N; e++) left_of_dS[e] = block.to_end[e] * kept.by;
         block.rows(given + Q * N * at.Vp, to.read[0].out, at.V, at.Vp);
         soon();
         block.scores();
@@ -139,7 +156,7 @@ struct UsualBackward {
         q_to = block.places(dq, to.read[0].q, at.K, at.Kp), log_to = block.places(dlog, to.micro[0].g, at.K, at.Kp);
         for (int s = 0; s < SETS; s++) key_to[s] = block.places(dkeys + s * N * at.Kp, key_gradient(s), at.K, at.Kp);
         for (int k = 0; k < at.Kp; k += W) keys(S, k);
-        if (DECAY == PER_HEAD) log_per_head();
+        if (DECAY == PER_HEAD) log_per_head(static_cast<double>(S[at.state()]) * kept.by);
         advance();
         give();
     }
@@ -183,7 +200,7 @@ struct UsualBackward {
     INLINE void from_queries(vec* d, int set, int v) {
 #pragma GCC unroll 8
         for (int e = 0; e < N; e++)
-            if (DECAY == PER_HEAD) d[e] *= block.to_end[e];
+            if (DECAY == PER_HEAD) d[e] *= left_of_dS[e];
 #pragma GCC unroll 8
         for (int i = 0; i < N; i++) {
             const vec of = fw::load(given + (Q * N + i) * at.Vp + v);
@@ -219,9 +236,9 @@ struct UsualBackward {
         float T[READERS * W], U[EVENTS * W];
         const float *s = S + k * at.Vp, *d = dS + k * at.Vp;
 #pragma GCC unroll 2
-        for (int r = 0; r < READERS; r += N) product(T + r * W, given + r * at.Vp, s, block.left + r);
+        for (int r = 0; r < READERS; r += N) product(T + r * W, given + r * at.Vp, s, left_of_S + r);
 #pragma GCC unroll 2
-        for (int e = 0; e < EVENTS; e += N) product(U + e * W, values + e * at.Vp, d, block.to_end);
+        for (int e = 0; e < EVENTS; e += N) product(U + e * W, values + e * at.Vp, d, left_of_dS);
         for (int of = 0; of < at.Vp * W && DECAY == PER_HEAD; of += 4 * L)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) whole[j] += fw::load(s + of + j * L) * fw::load(d + of + j * L);
@@ -372,11 +389,11 @@ struct UsualBackward {
         return fw::load(row) * d;
     }
 
-    void log_per_head() {
+    void log_per_head(double of_whole) {
         float taken[L], left_there[L];
         store(taken, sums(of_reader));
         store(left_there, sums(of_event));
-        double through = sum_exactly((whole[0] + whole[1]) + (whole[2] + whole[3])) * *block.total, later = 0, earlier = 0;
+        double through = sum_exactly((whole[0] + whole[1]) + (whole[2] + whole[3])) * of_whole * *block.total, later = 0, earlier = 0;
         for (int l = N - 1; l >= 0; l--) {
             if (l + 1 < N) later += taken[l + 1] * block.cx[l + 1];
             later += taken[Q * N + l];
@@ -401,8 +418,9 @@ struct UsualBackward {
 
     void advance() {
         float numbers[READERS];
-        for (int r = 0; r < READERS; r++) numbers[r] = block.left[r] * (r < N ? block.cx[r] : 1.0f);
-        add<READERS>(dS, dS, given, [&](int r, int k) { return fw::load(block.scaled + r * at.Kp + k) * numbers[r]; });
+        const float decay = DECAY == PER_HEAD ? kept.decay(*block.total) : 1;
+        for (int r = 0; r < READERS; r++) numbers[r] = block.left[r] * (r < N ? block.cx[r] : 1.0f) / kept.by;
+        add<READERS>(dS, dS, decay, given, [&](int r, int k) { return fw::load(block.scaled + r * at.Kp + k) * numbers[r]; });
     }
 
     const Tensor& key_gradient(int s) const { return s ? to.micro[0].w : to.micro[0].y; }

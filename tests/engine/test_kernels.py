@@ -233,6 +233,21 @@ def test_extreme_decays(rule, per_channel):
     assert all(x.isfinite().all() for x in whole)
 
 
+@pytest.mark.parametrize("rule", [R.decayed_hebb, R.gated_delta, R.generalised_delta], ids=name)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_decay_that_waits(rule, per_channel):
+    """W is multiplied by its decays only now and then: where they are weak, strong, both in turn, and up to a reset."""
+    signals, state = example(rule, 1, 150, 2, 6, 4, per_channel=per_channel), state_for(rule, 1, 2, 6, 4)
+    strong = torch.rand(signals["g"].shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    reset = torch.zeros(1, 150, dtype=torch.bool)
+    reset[0, 90] = True
+    for weak in (0.0, -0.02, -0.6):
+        g = torch.full_like(signals["g"], weak)
+        for mixed in (g, torch.where(strong, -9.0, g)):
+            compare(rule, signals | {"g": mixed}, state)
+            compare(rule, signals | {"g": mixed}, state, reset)
+
+
 def test_rates_of_zero_have_a_gradient():
     signals, state = example(R.gated_delta, 1, 40, 1, 6, 4), state_for(R.gated_delta, 1, 1, 6, 4)
     compare(R.gated_delta, signals | {"beta": torch.zeros_like(signals["beta"])}, state)

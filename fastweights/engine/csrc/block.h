@@ -72,6 +72,7 @@ struct Block {
     float *readers, *keys;          // [KINDS][N][Kp], [SETS][N][Kp]
     float *scaled, *ends;           // per key: the same times P_i (P_{i+1} for q), and times D(e -> N)
     float *decay, *total;           // [N][Kp] a_i; [Kp] P_N; one number each if per head
+    float* before;                  // per key: [Kp] what P_0 is, that is 1, unless decays wait (see PutOff)
     float *u;                       // [N][Vp]
     float *factor, *score;          // [N / 2][GROUP]; [SETS][N / 2][GROUP], zero where a reader does not see the event
     Rows reader[KINDS], key[SETS];  // the same, or where they lie in tensors
@@ -80,13 +81,13 @@ struct Block {
     float left[READERS], to_end[N]; // per head: P_i or P_{i+1}, and D(e -> N)
 
     static int64_t size(const Layout& at, bool apart) {
-        return (apart ? 2 : 1) * (READERS + EVENTS) * at.Kp + (N + 1) * at.Kp + N * at.Vp + (1 + SETS) * N / 2 * GROUP + 256;
+        return (apart ? 2 : 1) * (READERS + EVENTS) * at.Kp + (N + 2) * at.Kp + N * at.Vp + (1 + SETS) * N / 2 * GROUP + 256;
     }
 
     Block(const Problem& problem, Scratch& memory, bool keeps) : p(problem), at(p), apart(keeps && DECAY == PER_KEY) {
         readers = memory.take(READERS * at.Kp), scaled = apart ? memory.take(READERS * at.Kp) : readers;
         keys = memory.take(EVENTS * at.Kp), ends = apart ? memory.take(EVENTS * at.Kp) : keys;
-        decay = memory.take(N * at.Kp), total = memory.take(at.Kp), u = memory.take(N * at.Vp);
+        decay = memory.take(N * at.Kp), total = memory.take(at.Kp), before = memory.take(at.Kp), u = memory.take(N * at.Vp);
         factor = memory.take(N / 2 * GROUP), score = memory.take(SETS * N / 2 * GROUP);
         std::memset(factor, 0, sizeof(float) * N / 2 * GROUP);
         for (int i = 0; i < N; i++)
@@ -94,6 +95,11 @@ struct Block {
         for (float& x : left) x = 1;
         for (float& x : to_end) x = 1;
         *total = 1;
+        nothing_before();
+    }
+
+    void nothing_before() {
+        for (int k = 0; k < at.Kp; k++) before[k] = 1;
     }
 
     INLINE const Micro& micro() const { return head.micro[0]; }
@@ -104,8 +110,7 @@ struct Block {
 
     // What was found, after the last block.
     void finish() const {
-        for (int j = 0; j < L; j++)
-            if (positive[j]) *p.positive = 1;
+        if (any(positive)) *p.positive = 1;
     }
 
     // What is needed to write events, and what to read them.
@@ -240,7 +245,7 @@ struct Block {
 #pragma GCC unroll 32
         for (int i = 0; i < GROUP; i++) sum[i] = vec{};
         for (int k = 0; k < K; k += L) {
-            vec seen[N], so_far = FIRST > 0 ? load(total + k) : broadcast(1);
+            vec seen[N], so_far = load((FIRST > 0 ? total : before) + k);
 #pragma GCC unroll 8
             for (int e = 0; e < FIRST; e++) seen[e] = load(end + e * K + k);
 #pragma GCC unroll 2
@@ -272,7 +277,8 @@ struct Block {
     }
 };
 
-// Where a number decays all of a state, it is not multiplied in every block: it is `by` times what is kept of it, until that is little.
+// A state is not multiplied by its decay in every block: it is `by` times what is kept of it, until that is little. Where every key has its
+// decay, so has every row of the state.
 struct PutOff {
     static constexpr float LEAST = 1e-6f;
     float by = 1;

@@ -44,6 +44,12 @@ INLINE void clear(vec (&x)[N]) {
 #pragma GCC unroll 32
     for (int i = 0; i < N; i++) x[i] = vec{};
 }
+INLINE bool any(ivec mask) {
+    int64_t two[L / 2], all = 0;
+    std::memcpy(two, &mask, sizeof two);
+    for (int64_t lanes : two) all |= lanes;
+    return all != 0;
+}
 INLINE vec select(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
 template <int... I>

@@ -22,8 +22,9 @@ struct Usual {
     float *S, *val, *out;  // val and out: [N][Vp]
     typename Part::Rows u;
     typename Part::Places read_to;
-    PutOff kept;           // of S
-    float decay = 1;       // what is kept of it is multiplied by this
+    PutOff kept;           // per head: S is this times what is kept of it; per key, row k is block.before[k] times that
+    bool waits = true;     // what is kept is not multiplied now; else by
+    float decay = 1;       // this, or per key by block.total
 
     static int64_t size(const Problem& p) {
         Layout at(p);
@@ -34,11 +35,17 @@ struct Usual {
     void clear() {
         std::memset(S, 0, sizeof(float) * at.state());
         kept = {};
+        block.nothing_before();
     }
-    void keep(float* checkpoint) const { scale_state(at, checkpoint, S, kept.by); }
+    void keep(float* checkpoint) const {
+        for (int n = 0; n < at.panels && DECAY == PER_KEY; n++)
+            for (int64_t k = 0, of = n * at.Kp * NV * L; k < at.Kp; k++)
+                for (int v = 0; v < NV; v++, of += L) store(checkpoint + of, load(S + of) * block.before[k]);
+        if (DECAY != PER_KEY) scale_state(at, checkpoint, S, kept.by);
+    }
     void finish() {
         block.finish();
-        scale_state(at, S, S, kept.by);
+        keep(S);
     }
 
     Usual(const Problem& problem, float* room) : p(problem), memory{room}, block(p, memory, false), at(block.at) {
@@ -56,6 +63,7 @@ struct Usual {
         block.soon(o, at.V);
         block.scores();
         if (DECAY == PER_HEAD) put_off();
+        if (DECAY == PER_KEY) put_off_keys();
         for (int n = 0; n < at.panels; n++) panel(S + n * at.Kp * NV * L, n * NV * L);
         if (read_to.first == out) block.put(o, out, at.V, at.Vp);
         if (p.values && ERASE != NO_ERASE) std::memcpy(p.values + (row * p.T + token) * at.Vp, val, sizeof(float) * count * at.Vp);
@@ -63,8 +71,19 @@ struct Usual {
 
     void put_off() {
         for (float& left : block.left) left *= kept.by;
-        decay = kept.decay(*block.total);
+        decay = kept.decay(*block.total), waits = decay == 1;
         for (float& left : block.to_end) left /= kept.by;
+    }
+    void put_off_keys() {
+        ivec enough = ~ivec{};
+        for (int k = 0; k < at.Kp; k += L) enough &= load(block.total + k) >= PutOff::LEAST;
+        waits = !any(~enough);
+        if (!waits) return block.nothing_before();
+        for (int k = 0; k < at.Kp; k += L) {
+            const vec now = load(block.total + k), inverse = 1.0f / now;
+            store(block.before + k, now);
+            for (int e = 0; e < EVENTS; e++) store(block.ends + e * at.Kp + k, load(block.ends + e * at.Kp + k) * inverse);
+        }
     }
 
     INLINE void panel(float* s, int c) {
@@ -96,9 +115,9 @@ struct Usual {
                 if (e % N >= block.count) value[e][v] = vec{};  // there is no such token
             }
         const auto write = [&](auto decayed) INLINE_CALL { write_panel(block.next, s, s, block.ends, at.Kp, value, decayed); };
-        if (DECAY == PER_KEY) write([total = block.total](vec x, int k, int) { return x * total[k]; });
-        else if (DECAY == PER_HEAD && decay != 1) write([same = broadcast(decay)](vec x, int, int) { return x * same; });
-        else write([](vec x, int, int) { return x; });
+        if (DECAY == NO_DECAY || waits) write([](vec x, int, int) { return x; });
+        else if (DECAY == PER_KEY) write([total = block.total](vec x, int k, int) { return x * total[k]; });
+        else write([same = broadcast(decay)](vec x, int, int) { return x * same; });
     }
 
     // What a reader of token i sees of the events of the block

@@ -23,7 +23,7 @@ from .operator import scanned
 from .watched import forward_derivatives, modes, recorded, traced
 
 _MOST = 256  # signatures that a thread keeps
-_address = Tensor.data_ptr
+_address, _gradients = Tensor.data_ptr, torch.is_grad_enabled
 
 
 class _Known(threading.local):
@@ -62,7 +62,7 @@ def step(rule: Any, W: Tensor, out: Tensor | None, signals: dict[str, Any]) -> t
     """The same for one token, where no gradient is asked for; the new state is written to ``out`` if given."""
     if modes() or forward_derivatives() or not isinstance(rule, Rule):
         return None
-    key, given = (rule.number, torch.is_grad_enabled(), *signals, W.shape), (*signals.values(), W)
+    key, given = (rule.number, _gradients(), *signals, W.shape), (*signals.values(), W)
     for fits, known in _known.calls.get(key, ()):
         if fits(*given):
             call = known

@@ -14,6 +14,7 @@ from .inputs import check
 from .scan import Output, choose, run, scan
 
 _output = tuple.__new__  # as Output(*done), without the function around it
+_traced = torch.compiler.is_dynamo_compiling  # a third of what is_compiling costs where other work has filled the caches
 
 
 def step(
@@ -29,12 +30,11 @@ def step(
     >>> y.tolist(), W.shape
     ([[[3.0, 3.0]]], torch.Size([1, 1, 2, 1]))
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling and form == "auto" and backend in ("auto", "cpu") and isinstance(W, Tensor):
+    if not _traced() and form == "auto" and backend in ("auto", "cpu") and isinstance(W, Tensor):
         done = prepared.step(rule, W, out, signals)
         if done is not None:
             return _output(Output, done)
-    if compiling and out is None:
+    if torch.compiler.is_compiling() and out is None:
         y, state = scan(
             rule, state=W, reset=None, form=form, backend=backend, chunk_size=None, **{n: x.unsqueeze(1) for n, x in signals.items()}
         )

@@ -159,8 +159,7 @@ struct Chunk {
                     store(left + (i + 1) * at.Kp + k, load(left + i * at.Kp + k) * load(a + k));
                 }
             }
-            for (int j = 0; j < L; j++)
-                if (positive[j]) *p.positive = 1;
+            if (any(positive)) *p.positive = 1;
             return;
         }
         float g[C] = {};

@@ -22,6 +22,12 @@ struct Tensor {
     int64_t batch, time, head, channel, heads, type;
 
     INLINE explicit operator bool() const { return data != nullptr; }
+    // A state whose keys and values change places
+    Tensor turned() const {
+        Tensor out = *this;
+        std::swap(out.time, out.channel);
+        return out;
+    }
     INLINE int64_t offset(int64_t b, int64_t t, int64_t h, int64_t of) const { return b * batch + t * time + h / (of / heads) * head; }
 
     // What head h of `of` sees: `data` starts there, and `heads` says which of the heads that share it this one is.
@@ -109,7 +115,7 @@ INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 
 constexpr int STEP = L < 8 ? 8 : L;  // rows of a panel between two fetches
 
-// How S and rows are padded: keys to whole tiles, values to panels of one or two vectors. S is [panel][key][value of panel].
+// How S and rows are padded: keys and values to whole tiles, values to panels of one or two vectors. S is [panel][key][value of panel].
 struct Layout {
     int K, V, Kp, Vp, panel, panels;
 
@@ -117,6 +123,14 @@ struct Layout {
         : K(p.K), V(p.V), Kp(round_up(p.K, STEP)), Vp(p.V <= L ? STEP : round_up(p.V, 2 * L)), panel(Vp <= L ? L : 2 * L),
           panels(Vp / panel) {}
     int64_t state() const { return static_cast<int64_t>(Kp) * Vp; }
+
+    // That of S turned: [panel][value][key of panel], panels of so many keys.
+    Layout turned(int keys) const {
+        Layout out = *this;
+        std::swap(out.K, out.V), std::swap(out.Kp, out.Vp);
+        out.panel = keys, out.panels = Kp / keys;
+        return out;
+    }
 };
 
 // A part of a thread's scratch memory, which is kept from call to call.

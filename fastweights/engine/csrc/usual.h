@@ -6,6 +6,7 @@
 //   S     = diag(P_N) S_0 + sum over e of (D(e -> N) y_e) val_e^T
 //
 // A panel of S is read once for all readers and written once for all events; the triangles between are short enough to stay in registers.
+// S itself is not decayed in every block: see PutOff.
 #pragma once
 #include "block.h"
 

@@ -74,25 +74,12 @@ struct UsualBackward {
         kept = {};
     }
     void load_gradient(const Tensor& t, int64_t b, int64_t h) {
-        clear_gradient();
-        each_row(t, b, h, [&](const float* row, int64_t step, float* to, int n) {
-            for (int k = 0; k < n; k++) to[k] = row[k * step];
-        });
+        load_state(at.turned(W), dS, t.turned(), b, h);
+        kept = {};
     }
     void store_gradient(const Tensor& t, int64_t b, int64_t h) {
         scale_state(at, dS, dS, kept.by);
-        each_row(t, b, h, [&](float* row, int64_t step, const float* from, int n) {
-            for (int k = 0; k < n; k++) row[k * step] = from[k];
-        });
-    }
-    // f(keys of a value in a state of any strides, from key to key, the same keys in dS, how many)
-    template <class F>
-    INLINE void each_row(const Tensor& t, int64_t b, int64_t h, F f) {
-        if (!t) return;
-        float* state = reinterpret_cast<float*>(t.data) + b * t.batch + h * t.head;
-        for (int v = 0; v < at.V; v++)
-            for (int k = 0; k < at.K; k += W)
-                f(state + v * t.time + k * t.channel, t.channel, dS + k * at.Vp + v * W, at.K - k < W ? at.K - k : W);
+        store_state(at.turned(W), dS, t.turned(), b, h);
     }
 
     // A block that is rebuilt leaves its decays for its way back.

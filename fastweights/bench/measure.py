@@ -24,7 +24,9 @@ def multiply_adds() -> tuple[Callable[[], object], int]:
         raise FastWeightError(f"there are no kernels to measure: {library().why}")
     threads, rounds = torch.get_num_threads(), 400_000  # one or two milliseconds
     given = ctypes.c_int64(rounds), ctypes.c_int64(threads)
-    return lambda: lib.fastweights_multiply_add(*given), threads * 2 * 16 * lib.fastweights_lanes() * rounds
+    run = lib.fastweights_multiply_add
+    run.restype = ctypes.c_int64
+    return lambda: run(*given), run(*given)
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], seconds: float, least: int = 3) -> dict[str, float]:

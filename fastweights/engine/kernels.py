@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ABI = 6
+ABI = 7
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK = 16  # micro-steps a chunk, as in csrc/problem.h
 _BUILD_HINT = "a C++17 compiler (GCC 12 or later, or Clang) at install builds them: pip install --force-reinstall --no-deps fastweights"

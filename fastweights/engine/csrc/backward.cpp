@@ -105,8 +105,7 @@ struct Backward {
     void gradient_of_values() {
         float* first = gradient_of_first();
         read_rows(chunk.next, at, first, chunk.ends, dS, chunk.steps);
-        if (ERASE == NO_ERASE && usual(p) && chunk.steps == C) solve_usual(first);
-        else solve(first, 0, ERASE != NO_ERASE);
+        solve(first, 0, ERASE != NO_ERASE);
         if (ERASE != FREE) return;
         read_rows(chunk.next, at, dvalues + C * at.Vp, chunk.ends + C * at.Kp, dS, chunk.steps);
         solve(dvalues + C * at.Vp, C, true);
@@ -121,23 +120,6 @@ struct Backward {
             const float* score = chunk.score + set + e;
             combine(rows + e * at.Vp, score + (C + r) * EVENTS, EVENTS, given + (C + r) * at.Vp, at.Vp, chunk.reads - r, at.Vp);
             if (with_x) combine(rows + e * at.Vp, score + (e + 1) * EVENTS, EVENTS, given + (e + 1) * at.Vp, at.Vp, chunk.steps - 1 - e, at.Vp);
-        }
-    }
-
-    // The same for a whole chunk of a usual program that only adds: a vector of columns at a time, in registers.
-    void solve_usual(float* rows) {
-        for (int c = 0; c < at.Vp; c += L) {
-            vec x[C];
-#pragma GCC unroll 16
-            for (int e = 0; e < C; e++) x[e] = load(rows + e * at.Vp + c);
-#pragma GCC unroll 16
-            for (int r = 0; r < C; r++) {
-                vec g = load(given + (C + r) * at.Vp + c);
-#pragma GCC unroll 16
-                for (int e = 0; e <= r; e++) x[e] += chunk.score[(C + r) * EVENTS + e] * g;
-            }
-#pragma GCC unroll 16
-            for (int e = 0; e < C; e++) store(rows + e * at.Vp + c, x[e]);
         }
     }
 
@@ -472,11 +454,9 @@ static void backward(Job job) {
 
 template <Decay DECAY, Erase ERASE>
 static void backward_of(Job job) {
-    if constexpr (ERASE != NO_ERASE) {
-        if (usual(*job.p) && Layout(*job.p).Kp % (2 * L)) return backward<UsualBackward<DECAY, ERASE, 1>>(job);
-        if (usual(*job.p)) return backward<UsualBackward<DECAY, ERASE, 2>>(job);
-    }
-    backward<Backward<DECAY, ERASE>>(job);
+    if (!usual(*job.p)) backward<Backward<DECAY, ERASE>>(job);
+    else if (Layout(*job.p).Kp % (2 * L)) backward<UsualBackward<DECAY, ERASE, 1>>(job);
+    else backward<UsualBackward<DECAY, ERASE, 2>>(job);
 }
 
 }  // namespace fw

@@ -145,9 +145,9 @@ struct Block {
         reader[Q] = decaying_rows(readers + Q * N * at.Kp, head.read[0].q);
         weigh();
     }
-    void load_u() {
+    void load_u(float* to) {
         numbers(cu, micro().cu, static_cast<float>(micro().su), 1);
-        rows(u, micro().u, at.V, at.Vp, cu);
+        rows(to, micro().u, at.V, at.Vp, cu);
     }
 
     void rows(float* to, const Tensor& t, int width, int padded, const float* scales = nullptr) {

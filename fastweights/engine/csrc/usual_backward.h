@@ -1,5 +1,5 @@
-// The backward pass of the usual programs that erase, block by block from the last to the first. In the words of block.h, with do_i the
-// gradient of what q_i read, dS that of S at the end of the block and S_0 the state at its start,
+// The backward pass of the usual programs, block by block from the last to the first. In the words of block.h, with do_i the gradient of
+// what q_i read, dS that of S at the end of the block and S_0 the state at its start (where nothing is erased there are no x, and val is u),
 //
 //   dval_e = dS^T (D(e -> N) y_e) + sum over i >= e of score(q_i, e) do_i + sum over i > e of score(x_i, e) dval_i
 //   dx_i   = P_i (S_0 dval_i)     + sum over e <  i of (dval_i . val_e) D(e -> i) y_e
@@ -17,10 +17,12 @@ namespace fw {
 
 template <Decay DECAY, Erase ERASE, int NK>
 struct UsualBackward {
-    using Part = Block<DECAY, ERASE, L / 2>;
+    // As many as let readers fill a vector, or events where there are no x; of those, 16 at a time would be too many for the registers.
+    using Part = Block<DECAY, ERASE, ERASE == NO_ERASE && L < 16 ? L : L / 2>;
     static constexpr int N = Part::N, SETS = Part::SETS, EVENTS = Part::EVENTS, READERS = Part::READERS, X = Part::X, Q = Part::Q;
-    static_assert(ERASE != NO_ERASE && READERS == L, "readers fill a vector");
+    static constexpr bool ERASES = ERASE != NO_ERASE;
     static constexpr bool PAIRS = EVENTS < L;  // events fill half a vector
+    static constexpr int ROWS = N < MR ? N : MR;  // of a product, at once
     static constexpr int W = NK * L, SCORES = N / 2 * Part::GROUP;
     const Problem& p;
     Scratch memory;
@@ -31,7 +33,7 @@ struct UsualBackward {
     float *zeros, *dS;              // likewise nothing, and the gradient of S
     PutOff kept;                    // that of dS
     float left_of_S[READERS], left_of_dS[N];  // per head: P_i or P_{i+1}, times S_0's, and D(e -> N), times dS's
-    float *given, *values, *du;     // [L][Vp] dval_i and do_i; [L][Vp] val_e, and u_e or zeros; [N][Vp], where the erase is free
+    float *given, *values, *du;     // [READERS][Vp] dval_i and do_i; [EVENTS][Vp] val_e and u_e; [N][Vp] du_i where they are not dval_i
     float* ends;                    // what is left of the keys in the end, turned: [Kp][L], or in pairs [Kp / 2][L]
     float *decays, *decay;          // per key: [segment][Kp] a_i of the blocks that were rebuilt; [N][Kp] those of another
     float *dx, *dq, *dkeys, *dlog;  // [N][Kp]; dkeys [EVENTS][Kp]
@@ -43,7 +45,7 @@ struct UsualBackward {
     static int64_t slots(const Problem& p) { return p.segment / N + 2; }
     static int64_t size(const Problem& p) {
         Layout at(p);
-        return Part::size(at, true) + (slots(p) + 3) * (at.state() + L) + (2 * L + N) * at.Vp + (L + 3 * N + EVENTS) * at.Kp +
+        return Part::size(at, true) + (slots(p) + 3) * (at.state() + L) + (READERS + EVENTS + N) * at.Vp + (L + 3 * N + EVENTS) * at.Kp +
                decays_size(p, at) + 2 * SETS * SCORES + 512;
     }
     static int64_t decays_size(const Problem& p, const Layout& at) { return DECAY == PER_KEY ? p.segment * at.Kp : 0; }
@@ -53,12 +55,11 @@ struct UsualBackward {
         opening = memory.take(at.state() + L), states = memory.take(slots(p) * (at.state() + L));
         zeros = memory.take(at.state() + L), dS = memory.take(at.state()), ends = memory.take(L * at.Kp);
         opening[at.state()] = zeros[at.state()] = 1;
-        given = memory.take(L * at.Vp), values = memory.take(L * at.Vp), du = memory.take(N * at.Vp);
+        given = memory.take(READERS * at.Vp), values = memory.take(EVENTS * at.Vp), du = memory.take(N * at.Vp);
         dx = memory.take(N * at.Kp), dq = memory.take(N * at.Kp), dkeys = memory.take(EVENTS * at.Kp), dlog = memory.take(N * at.Kp);
         weight = memory.take(SETS * SCORES), passed = DECAY == PER_HEAD ? memory.take(SETS * SCORES) : weight;
         decays = memory.take(decays_size(p, at)), decay = block.decay;
         std::memset(zeros, 0, sizeof(float) * at.state());
-        std::memset(values, 0, sizeof(float) * L * at.Vp);
     }
     Head& head() { return block.head; }
 
@@ -87,10 +88,8 @@ struct UsualBackward {
         block.begin(token, count);
         if (DECAY == PER_KEY) block.decay = kept ? decays + token % p.segment * at.Kp : decay;
         block.load_events(DECAY != PER_KEY || !known);
-        if (ERASE != TIED) {
-            block.load_u();
-            std::memcpy(values + (SETS - 1) * N * at.Vp, block.u, sizeof(float) * N * at.Vp);
-        }
+        if (ERASE != TIED) block.load_u(values + (SETS - 1) * N * at.Vp);
+        if (!ERASES) return;
         const float* saved = p.values + (row * p.T + token) * at.Vp;
         std::memcpy(values, saved, sizeof(float) * count * at.Vp);
         std::memset(values + count * at.Vp, 0, sizeof(float) * (N - count) * at.Vp);
@@ -169,6 +168,13 @@ struct UsualBackward {
         else square_tile(d, rows, W, ends, W, at.Kp / W, panel);
 #pragma GCC unroll 2
         for (int s = 0; s < SETS; s++) from_queries(d + s * N, s, v);
+        if (ERASES) from_values(d, v);
+        if (ERASE == TIED) return;
+#pragma GCC unroll 8
+        for (int e = 0; e < N; e++) store(du + e * at.Vp + v, d[EVENTS - N + e]);
+    }
+
+    INLINE void from_values(vec* d, int v) {
 #pragma GCC unroll 8
         for (int i = N - 1; i > 0; i--)
 #pragma GCC unroll 8
@@ -180,8 +186,6 @@ struct UsualBackward {
         for (int i = 1; i < N; i++)
 #pragma GCC unroll 8
             for (int e = 0; e < i; e++) d[EVENTS - N + e] += block.scores_of(1, X, i)[e] * d[i];
-#pragma GCC unroll 8
-        for (int e = 0; e < N; e++) store(du + e * at.Vp + v, d[EVENTS - N + e]);
     }
 
     INLINE void from_queries(vec* d, int set, int v) {
@@ -201,11 +205,11 @@ struct UsualBackward {
     template <int... PAIR>
     INLINE void weights(std::integer_sequence<int, PAIR...>) {
         for (int s = 0; s < SETS; s++)
-            (triangle<2, N, PAIR>(weight + s * SCORES + PAIR * Part::GROUP, given, values + s * N * at.Vp, at.Vp), ...);
+            (triangle<Part::KINDS, N, PAIR>(weight + s * SCORES + PAIR * Part::GROUP, given, values + s * N * at.Vp, at.Vp), ...);
         for (int s = 0; s < SETS && DECAY == PER_HEAD; s++)
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
-                if (i) pass(place(s, X, i), &block.factor_of(Q, i - 1, 0));  // the x of a token reads what the q of the last one did
+                if (ERASES && i) pass(place(s, X, i), &block.factor_of(Q, i - 1, 0));  // the x of a token reads what the q of the last one did
                 pass(place(s, Q, i), &block.factor_of(Q, i, 0));
             }
     }
@@ -223,21 +227,21 @@ struct UsualBackward {
         float T[READERS * W], U[EVENTS * W];
         const float *s = S + k * at.Vp, *d = dS + k * at.Vp;
 #pragma GCC unroll 2
-        for (int r = 0; r < READERS; r += N) product(T + r * W, given + r * at.Vp, s, left_of_S + r);
+        for (int r = 0; r < READERS; r += ROWS) product(T + r * W, given + r * at.Vp, s, left_of_S + r);
 #pragma GCC unroll 2
-        for (int e = 0; e < EVENTS; e += N) product(U + e * W, values + e * at.Vp, d, left_of_dS);
+        for (int e = 0; e < EVENTS; e += ROWS) product(U + e * W, values + e * at.Vp, d, left_of_dS + e % N);
         for (int of = 0; of < at.Vp * W && DECAY == PER_HEAD; of += 4 * L)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) whole[j] += fw::load(s + of + j * L) * fw::load(d + of + j * L);
         for (int v = 0; v < W; v += L) keys(s + v, d + v, k + v, T + v, U + v);
     }
 
-    // N rows times a panel, and times what is left of them, if that is a number
+    // Rows times a panel, and times what is left of them, if that is a number
     APART void product(float* out, const float* rows, const float* panel, const float* left) {
-        vec sum[N][NK];
+        vec sum[ROWS][NK];
         read_panel(block.next, sum, rows, at.Vp, panel);
 #pragma GCC unroll 8
-        for (int i = 0; i < N; i++)
+        for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2
             for (int v = 0; v < NK; v++) store(out + i * W + v * L, DECAY == PER_HEAD ? sum[i][v] * left[i] : sum[i][v]);
     }
@@ -247,7 +251,7 @@ struct UsualBackward {
         vec log[N];
         if (DECAY == PER_KEY) per_key(S, d_of_S, k, T, U, log);
         else per_head(k, T, U);
-        for (int i = 0; i < N; i++) {
+        for (int i = 0; i < N && ERASES; i++) {
             vec x = fw::load(block.reader[X][i] + k), d = fw::load(T + i * W);
             if (DECAY == PER_KEY && block.x_decays()) {
                 const vec a = fw::load(block.decay + i * at.Kp + k);
@@ -279,7 +283,7 @@ struct UsualBackward {
             for (int e = 0; e < N; e++) key[e] = fw::load(block.key[s][e] + k), d[e] = fw::load(U + (s * N + e) * W);
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
-                pairs(i, T + i * W, fw::load(block.reader[X][i] + k) * block.cx[i], passed + place(s, X, i), key, d);
+                if (ERASES) pairs(i, T + i * W, fw::load(block.reader[X][i] + k) * block.cx[i], passed + place(s, X, i), key, d);
                 pairs(i + 1, T + (Q * N + i) * W, fw::load(block.reader[Q][i] + k), passed + place(s, Q, i), key, d);
             }
 #pragma GCC unroll 8
@@ -313,7 +317,7 @@ struct UsualBackward {
         vec later = {};  // what readers after a token take from S_0
 #pragma GCC unroll 16
         for (int v = N; v > 0; v--) {
-            if (v < N) later += through(T + v * W, block.scaled + v * K + k, so_far[v]) * block.cx[v];
+            if (ERASES && v < N) later += through(T + v * W, block.scaled + v * K + k, so_far[v]) * block.cx[v];
             later += through(T + (Q * N + v - 1) * W, block.scaled + (Q * N + v - 1) * K + k, so_far[v]);
             log[v - 1] = later;
         }
@@ -333,7 +337,7 @@ struct UsualBackward {
                     vec sum = q[e] * reader[Q * N + l];
                     if (l + 1 < N) {
                         sum += now[e] * a[l + 1];
-                        sum += x[e] * block.cx[l + 1] * reader[l + 1];
+                        if (ERASES) sum += x[e] * block.cx[l + 1] * reader[l + 1];
                     }
                     sink[l][e] = now[e] = sum;
                 }
@@ -345,14 +349,14 @@ struct UsualBackward {
                 vec of_x = {}, of_q = {}, of_log = {};
 #pragma GCC unroll 8
                 for (int e = 0; e < v; e++) {
-                    of_x += x[e] * now[e];
+                    if (ERASES) of_x += x[e] * now[e];
                     now[e] *= a[v];
                     of_log += now[e] * sink[v][e];
                 }
                 now[v] = fw::load(block.key[s][v] + k);
 #pragma GCC unroll 8
                 for (int e = 0; e <= v; e++) of_q += q[e] * now[e];
-                store(T + v * W, fw::load(T + v * W) + of_x);
+                if (ERASES) store(T + v * W, fw::load(T + v * W) + of_x);
                 store(T + (Q * N + v) * W, fw::load(T + (Q * N + v) * W) + of_q);
                 log[v] += of_log;
             }
@@ -382,7 +386,7 @@ struct UsualBackward {
         store(left_there, sums(of_event));
         double through = sum_exactly((whole[0] + whole[1]) + (whole[2] + whole[3])) * of_whole * *block.total, later = 0, earlier = 0;
         for (int l = N - 1; l >= 0; l--) {
-            if (l + 1 < N) later += taken[l + 1] * block.cx[l + 1];
+            if (ERASES && l + 1 < N) later += taken[l + 1] * block.cx[l + 1];
             later += taken[Q * N + l];
             log_of_head[l] = through + later;
         }
@@ -394,7 +398,7 @@ struct UsualBackward {
             double pairs[N] = {};
             for (int l = N - 1; l > 0; l--)
                 for (int e = 0; e <= l; e++) {
-                    if (l + 1 < N) pairs[e] += weights_of(s, X, l + 1)[e] * block.scores_of(s, X, l + 1)[e];
+                    if (ERASES && l + 1 < N) pairs[e] += weights_of(s, X, l + 1)[e] * block.scores_of(s, X, l + 1)[e];
                     pairs[e] += weights_of(s, Q, l)[e] * block.scores_of(s, Q, l)[e];
                     if (e < l) log_of_head[l] += pairs[e];
                 }
@@ -406,11 +410,11 @@ struct UsualBackward {
     void advance() {
         float numbers[READERS];
         const float decay = DECAY == PER_HEAD ? kept.decay(*block.total) : 1;
-        for (int r = 0; r < READERS; r++) numbers[r] = block.left[r] * (r < N ? block.cx[r] : 1.0f) / kept.by;
+        for (int r = 0; r < READERS; r++) numbers[r] = block.left[r] * (ERASES && r < N ? block.cx[r] : 1.0f) / kept.by;
         add<READERS>(dS, dS, decay, given, [&](int r, int k) { return fw::load(block.scaled + r * at.Kp + k) * numbers[r]; });
     }
 
-    const Tensor& key_gradient(int s) const { return s ? to.micro[0].w : to.micro[0].y; }
+    const Tensor& key_gradient(int s) const { return s || !ERASES ? to.micro[0].w : to.micro[0].y; }
 
     void give() {
         const Micro& d = to.micro[0];
@@ -419,6 +423,14 @@ struct UsualBackward {
             float* rows = dkeys + s * N * at.Kp;
             if (key_to[s].first == rows) block.put(key_gradient(s), rows, at.K, at.Kp);
         }
+        if (ERASES) give_x();
+        if (DECAY == PER_KEY && log_to.first == dlog) block.put(d.g, dlog, at.K, at.Kp);
+        if (DECAY == PER_HEAD) add_numbers(d.g, block.token * d.g.time, block.count, log_of_head);
+        give_values();
+    }
+
+    void give_x() {
+        const Micro& d = to.micro[0];
         float number[L];
         store(number, sums(of_x));
         for (int i = 0; i < N; i++) {
@@ -428,9 +440,6 @@ struct UsualBackward {
         }
         add_numbers(d.cx, block.token * d.cx.time, block.count, number);
         if (!block.micro().x_is_y) block.put(d.x, dx, at.K, at.Kp);
-        if (DECAY == PER_KEY && log_to.first == dlog) block.put(d.g, dlog, at.K, at.Kp);
-        if (DECAY == PER_HEAD) add_numbers(d.g, block.token * d.g.time, block.count, log_of_head);
-        give_values();
     }
 
     void give_values() {

@@ -1,11 +1,12 @@
 # make demo   check rules, train two small models on real text, compare them, write from one
 # make test   the fast suite; make test-slow the rest; make test-brian with Brian2, test-transformers with an older
-#             transformers; make sanitize the kernels under sanitizers; make wheel a wheel, tried
+#             transformers, test-fla with flash-linear-attention's kernels; make sanitize the kernels under sanitizers;
+#             make wheel a wheel, tried
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-brian test-transformers wheel sanitize lint types format clean
+.PHONY: demo test test-slow test-brian test-transformers test-fla wheel sanitize lint types format clean
 
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 KERNELS := CMakeLists.txt $(wildcard fastweights/engine/csrc/*)
@@ -36,6 +37,11 @@ test-brian: $(STAMP)
 test-transformers: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target build/transformers 'transformers==5.14.*' 'numpy<2.4'
 	PYTHONPATH=build/transformers $(BIN)/python -m pytest -n 2 tests/hf
+
+# the GPU kernels of flash-linear-attention, run by Triton's interpreter
+test-fla: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target build/fla 'triton==3.9.*'
+	TRITON_INTERPRET=1 PYTHONPATH=build/fla $(BIN)/python -m pytest -n 2 tests/compat/test_fla_kernels.py
 
 # a wheel for all instruction sets of this processor family, tried in an environment of its own
 wheel: $(STAMP)

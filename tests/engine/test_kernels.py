@@ -297,6 +297,25 @@ def test_threads_and_batches_change_no_bit(rule):
     assert torch.equal(alone.y, found[0][0][1:2])
 
 
+@pytest.mark.parametrize("K", [64, 40])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("rule", [R.decayed_hebb, R.gated_delta, R.generalised_delta], ids=name)
+def test_results_that_go_past_the_caches_are_those_that_stay(rule, per_channel, K):
+    B, T, H, V = 4, 1037, 2, 64
+    low, start = single(example(rule, B, T, H, K, V, per_channel=per_channel)), state_for(rule, B, H, K, V)[0].float()
+    given = {"state": start, **low, "d": torch.randn(B, T, H, V, generator=torch.Generator().manual_seed(0))}
+
+    def everything(state, d, **signals):
+        leaves = [x.clone().requires_grad_() for x in (state, *signals.values())]
+        out = fw.scan(rule, **dict(zip(signals, leaves[1:], strict=True)), state=leaves[0], backend="cpu")
+        return out.y, out.state, *torch.autograd.grad(out.y, leaves, d)
+
+    many = everything(**given)
+    for b in range(B):
+        alone = everything(**{n: x[b : b + 1] for n, x in given.items()})
+        assert all(torch.equal(x[b : b + 1], y) for x, y in zip(many, alone, strict=True))
+
+
 def test_several_python_threads_at_once():
     low = single(example(R.gated_delta, 2, 300, 2, 32, 32))
     want, wrong = fw.scan(R.gated_delta, **low, backend="cpu").y, []

@@ -448,6 +448,7 @@ static void backward(Job job) {
             const int64_t groups = job.grad->groups, heads = job.p->H / groups, group = i * job.abreast;
             Abreast<Pass> passes(*job.p, job.abreast);
             for (int64_t h = 0; h < heads; h++) fw::heads(passes, *job.grad, group / groups, group % groups * heads + h, heads);
+            settle();
         },
         &job);
 }

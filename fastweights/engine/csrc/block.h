@@ -53,17 +53,26 @@ struct Block {
     static constexpr int N = TOKENS, KINDS = ERASE == NO_ERASE ? 1 : 2, SETS = ERASE == FREE ? 2 : 1, READERS = KINDS * N, EVENTS = SETS * N;
     static constexpr int X = 0, Q = KINDS - 1, GROUP = KINDS * 2 * N;  // scores of two tokens: [kind][token][event]
     static_assert(N % 2 == 0 && GROUP % L == 0, "scores fill vectors");
-    template <class Number>
-    struct RowsOf {
-        Number* first;
+    struct Rows {
+        const float* first;
         int64_t step;
-        INLINE Number* operator[](int i) const { return first + i * step; }
+        INLINE const float* operator[](int i) const { return first + i * step; }
+    };
+    struct Places {  // of rows of results
+        float* first;
+        int64_t step;
+        bool past;  // see store_past
+        INLINE void put(int i, int64_t at, vec x) const {
+            float* to = first + i * step + at;
+            if (past) store_past(to, x);
+            else store(to, x);
+        }
     };
     typedef float of_events __attribute__((vector_size(4 * N), aligned(4), may_alias));  // numbers of the events of a set
-    using Rows = RowsOf<const float>;
-    using Places = RowsOf<float>;
+    static constexpr int64_t FAR = int64_t{1} << 19;  // numbers
     const Problem& p;
     Layout at;
+    const bool far;                 // results are more than the caches of a core hold until they are used
     const bool apart;               // what decays does not take the place of what it was
     Head head;
     Ahead next;
@@ -84,7 +93,8 @@ struct Block {
         return (apart ? 2 : 1) * (READERS + EVENTS) * at.Kp + (N + 2) * at.Kp + N * at.Vp + (1 + SETS) * N / 2 * GROUP + 256;
     }
 
-    Block(const Problem& problem, Scratch& memory, bool keeps) : p(problem), at(p), apart(keeps && DECAY == PER_KEY) {
+    Block(const Problem& problem, Scratch& memory, bool keeps)
+        : p(problem), at(p), far(p.B * p.T * p.H * (at.Kp + at.Vp) >= 2 * FAR), apart(keeps && DECAY == PER_KEY) {
         readers = memory.take(READERS * at.Kp), scaled = apart ? memory.take(READERS * at.Kp) : readers;
         keys = memory.take(EVENTS * at.Kp), ends = apart ? memory.take(EVENTS * at.Kp) : keys;
         decay = memory.take(N * at.Kp), total = memory.take(at.Kp), before = memory.take(at.Kp), u = memory.take(N * at.Vp);
@@ -166,16 +176,24 @@ struct Block {
     }
     // Where rows of results go: to the tensor itself, if they can be written there and all of them are; or to `room`, from where they are put.
     Places places(float* room, const Tensor& t, int width, int padded) const {
-        if (!t || !in_place(t) || t.heads || count < N || width < padded) return {room, padded};
-        return {reinterpret_cast<float*>(t.data) + token * t.time, t.time};
+        if (!t || !in_place(t) || t.heads || count < N || width < padded) return {room, padded, false};
+        return {reinterpret_cast<float*>(t.data) + token * t.time, t.time, t.time % L == 0 && far_and_whole(t.data)};
     }
+    INLINE bool far_and_whole(const void* to) const { return far && reinterpret_cast<uintptr_t>(to) % sizeof(vec) == 0; }
     void put(const Tensor& t, const float* rows, int width, int padded, const float* scales = nullptr) const {
-        if (t) store_rows(t, token * t.time, rows, padded, count, width, scales, 1);
+        const Places there = places(nullptr, t, width, padded);
+        for (int i = 0; i < N && there.past; i++)
+            for (int c = 0; c < width; c += L) there.put(i, c, load(rows + i * padded + c) * (scales ? scales[i] : 1.0f));
+        if (t && !there.past) store_rows(t, token * t.time, rows, padded, count, width, scales, 1);
     }
     // What decays key by key goes elsewhere on the way.
     Rows decaying_rows(float* to, const Tensor& t) { return rows_or_copies(to, t, at.K, at.Kp, DECAY == PER_KEY); }
     void soon(const Tensor& t, int width) {
         if (t) next.add(t, (token + ahead) * t.time, N, width);
+    }
+    // Those that will be written, unless they go past the caches
+    void soon_written(bool past, const Tensor& t, int width) {
+        if (!past) soon(t, width);
     }
     INLINE const float* reader_row(int r) const { return reader[r / N][r % N]; }
     void numbers(float* to, const Tensor& t, float scale, float absent) const {

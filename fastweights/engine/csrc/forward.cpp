@@ -162,6 +162,7 @@ static void forward(Problem& p) {
             Problem& p = *static_cast<Problem*>(context);
             const int count = abreast(p.B, p.H, p.threads);
             heads<Pass>(p, i * count / p.H, i * count % p.H, count);
+            settle();
         },
         &p);
 }

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__AVX512BF16__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -37,6 +37,22 @@ typedef float vec_in_memory __attribute__((vector_size(4 * L), aligned(4), may_a
 
 INLINE vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
 INLINE void store(float* p, vec x) { *reinterpret_cast<vec_in_memory*>(p) = x; }
+// Past the caches, to a multiple of a vector, for what would not stay there: a line that is written whole is not read before. Others see
+// it after `settle`.
+INLINE void store_past(float* p, vec x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX__)
+    _mm256_stream_ps(p, (__m256)x);
+#else
+    store(p, x);
+#endif
+}
+INLINE void settle() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+}
 INLINE vec broadcast(float x) { return vec{} + x; }
 // Zeros, a store or a register each: for `= {}` some compilers call for a string instruction, which takes longer than what follows.
 template <int N>

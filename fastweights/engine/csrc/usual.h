@@ -61,13 +61,20 @@ struct Usual {
         u = block.rows_or_copies(block.u, block.micro().u, at.V, at.Vp);
         const Tensor& o = block.head.read[0].out;
         read_to = block.places(out, o, at.V, at.Vp);
-        block.soon(o, at.V);
+        block.soon_written(read_to.past, o, at.V);
         block.scores();
         if (DECAY == PER_HEAD) put_off();
         if (DECAY == PER_KEY) put_off_keys();
         for (int n = 0; n < at.panels; n++) panel(S + n * at.Kp * NV * L, n * NV * L);
         if (read_to.first == out) block.put(o, out, at.V, at.Vp);
-        if (p.values && ERASE != NO_ERASE) std::memcpy(p.values + (row * p.T + token) * at.Vp, val, sizeof(float) * count * at.Vp);
+        if (p.values && ERASE != NO_ERASE) save(p.values + (row * p.T + token) * at.Vp);
+    }
+
+    void save(float* values) const {
+        const bool past = block.far_and_whole(values);
+        for (int c = 0; c < block.count * at.Vp; c += L)
+            if (past) store_past(values + c, load(val + c));
+            else store(values + c, load(val + c));
     }
 
     void put_off() {
@@ -106,7 +113,7 @@ struct Usual {
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
                 const vec seen = DECAY == PER_HEAD ? read[Q * N + i][v] * block.left[Q * N + i] : read[Q * N + i][v];
-                store(read_to[i] + c + v * L, add_seen<Q>(seen, value, i, v));
+                read_to.put(i, c + v * L, add_seen<Q>(seen, value, i, v));
             }
 #pragma GCC unroll 16
         for (int e = 0; e < EVENTS; e++)

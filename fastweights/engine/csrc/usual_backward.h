@@ -131,6 +131,8 @@ struct UsualBackward {
         for (int r = 0; r < READERS; r++) left_of_S[r] = block.left[r] * S[at.state()];
         for (int e = 0; e < N; e++) left_of_dS[e] = block.to_end[e] * kept.by;
         block.rows(given + Q * N * at.Vp, to.read[0].out, at.V, at.Vp);
+        q_to = rows_of_keys(dq, to.read[0].q), log_to = rows_of_keys(dlog, to.micro[0].g);
+        for (int s = 0; s < SETS; s++) key_to[s] = rows_of_keys(dkeys + s * N * at.Kp, key_gradient(s));
         soon();
         block.scores();
         if (PAIRS) transpose_pairs(ends, block.ends, at.Kp, at.Kp);
@@ -139,8 +141,6 @@ struct UsualBackward {
         weights();
         for (int i = 0; i < L; i++) of_reader[i] = of_event[i] = of_x[i] = vec{};
         for (vec& x : whole) x = vec{};
-        q_to = block.places(dq, to.read[0].q, at.K, at.Kp), log_to = block.places(dlog, to.micro[0].g, at.K, at.Kp);
-        for (int s = 0; s < SETS; s++) key_to[s] = block.places(dkeys + s * N * at.Kp, key_gradient(s), at.K, at.Kp);
         for (int k = 0; k < at.Kp; k += W) keys(S, k);
         if (DECAY == PER_HEAD) log_per_head(static_cast<double>(S[at.state()]) * kept.by);
         advance();
@@ -150,10 +150,18 @@ struct UsualBackward {
     // The rows that the block after this one writes
     void soon() {
         const Micro& d = to.micro[0];
-        block.soon(to.read[0].q, at.K);
-        for (const Tensor* t : {&d.x, &d.y, &d.w}) block.soon(*t, at.K);
-        if (DECAY == PER_KEY) block.soon(d.g, at.K);
-        block.soon(d.u, at.V);
+        block.soon_written(q_to.past, to.read[0].q, at.K);
+        for (int s = 0; s < SETS; s++) block.soon_written(key_to[s].past, key_gradient(s), at.K);
+        if (DECAY == PER_KEY) block.soon_written(log_to.past, d.g, at.K);
+        if (ERASES) block.soon_written(block.far, d.x, at.K);
+        block.soon_written(block.far, d.u, at.V);
+    }
+
+    // They come a vector at a time, which may be half a line: halves are not written past the caches.
+    typename Part::Places rows_of_keys(float* room, const Tensor& t) const {
+        typename Part::Places out = block.places(room, t, at.K, at.Kp);
+        out.past &= sizeof(vec) == Ahead::LINE;
+        return out;
     }
 
     // ---- values ------------------------------------------------------------------------------------------------------
@@ -263,10 +271,10 @@ struct UsualBackward {
             else store(dx + i * at.Kp + k, d * block.cx[i]);
         }
         for (int i = 0; i < N; i++) {
-            store(q_to[i] + k, fw::load(T + (Q * N + i) * W));
-            if (DECAY == PER_KEY) store(log_to[i] + k, log[i]);
+            q_to.put(i, k, fw::load(T + (Q * N + i) * W));
+            if (DECAY == PER_KEY) log_to.put(i, k, log[i]);
         }
-        for (int e = 0; e < EVENTS; e++) store(key_to[e / N][e % N] + k, fw::load(U + e * W));
+        for (int e = 0; e < EVENTS; e++) key_to[e / N].put(e % N, k, fw::load(U + e * W));
     }
 
     // Where a number decays all keys it is part of T, U and the weights.

@@ -57,13 +57,18 @@ SHARED void load_row(float* out, const Tensor& t, int64_t offset, int n, int pad
 
 // `count` such rows, one a token from `offset` on, each times a number if numbers are given; zeros for a tensor that is not there.
 SHARED void load_rows(float* out, int out_stride, const Tensor& t, int64_t offset, int count, int n, int padded, const float* scales, int stride) {
-    if (t && t.channel == 1 && t.type == F32 && n == padded) {
-        const float* from = reinterpret_cast<const float*>(t.data) + offset;
-        for (int r = 0; r < count; r++, from += t.time, out += out_stride) {
+    const auto whole = [=](auto* from, auto load) {
+        from += offset;
+        for (int r = 0; r < count; r++, from += t.time) {
             const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
-            for (int i = 0; i < n; i += L) store(out + i, load(from + i) * scale);
+            for (int i = 0; i < n; i += L) store(out + r * out_stride + i, load(from + i) * scale);
         }
-        return;
+    };
+    if (t && t.channel == 1 && n == padded) {
+        const auto half = reinterpret_cast<const uint16_t*>(t.data);
+        if (t.type == F32) return whole(reinterpret_cast<const float*>(t.data), [](const float* p) { return load(p); });
+        if (t.type == BF16) return whole(half, [](const uint16_t* p) { return load16(p, BF16); });
+        return whole(half, [](const uint16_t* p) { return load16(p, F16); });
     }
     for (int r = 0; r < count; r++, out += out_stride) {
         if (t) load_row(out, t, offset + r * t.time, n, padded, scales ? scales[r * stride] : 1.0f);
@@ -113,13 +118,18 @@ SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, 
 
 SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int rows_stride, int count, int n, const float* scales, int stride) {
     const bool add = t.heads != 0;  // a head before this one has written the sum so far
-    if (t.channel == 1 && t.type == F32 && n % L == 0 && !add) {
-        float* to = reinterpret_cast<float*>(t.data) + offset;
-        for (int r = 0; r < count; r++, to += t.time, rows += rows_stride) {
+    const auto whole = [=](auto* to, auto store) {
+        to += offset;
+        for (int r = 0; r < count; r++, to += t.time) {
             const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
-            for (int i = 0; i < n; i += L) store(to + i, load(rows + i) * scale);
+            for (int i = 0; i < n; i += L) store(to + i, load(rows + r * rows_stride + i) * scale);
         }
-        return;
+    };
+    if (t.channel == 1 && n % L == 0 && !add) {
+        const auto half = reinterpret_cast<uint16_t*>(t.data);
+        if (t.type == F32) return whole(reinterpret_cast<float*>(t.data), [](float* p, vec x) { store(p, x); });
+        if (t.type == BF16) return whole(half, [](uint16_t* p, vec x) { store16(p, x, BF16); });
+        return whole(half, [](uint16_t* p, vec x) { store16(p, x, F16); });
     }
     for (int r = 0; r < count; r++, rows += rows_stride) store_row(t, offset + r * t.time, rows, n, scales ? scales[r * stride] : 1.0f, add);
 }

@@ -317,11 +317,10 @@ INLINE void scale_state(const Layout& at, float* to, const float* from, float by
 
 // sum[m] = row m of M . panel
 template <int M, int NV>
-INLINE void read_panel(Ahead& next, vec (&sum)[M][NV], const float* rows, int64_t K, const float* s) {
+INLINE void read_panel(Ahead& next, vec (*sum)[NV], const float* rows, int64_t K, const float* s) {
+    vec now[M][NV];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) sum[m][v] = vec{};
+    for (int m = 0; m < M; m++) clear(now[m]);
     for (int k = 0; k < K; k += STEP) {
         next.fetch();
 #pragma GCC unroll 2
@@ -332,9 +331,13 @@ INLINE void read_panel(Ahead& next, vec (&sum)[M][NV], const float* rows, int64_
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-                for (int v = 0; v < NV; v++) sum[m][v] += rows[m * K + d] * row[v];
+                for (int v = 0; v < NV; v++) now[m][v] += rows[m * K + d] * row[v];
         }
     }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) sum[m][v] = now[m][v];
 }
 
 // to = `decayed` from + the sum over E of keys times values, where decayed(x, k, v) is what is left of vector v of row k

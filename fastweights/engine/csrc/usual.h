@@ -14,8 +14,9 @@ namespace fw {
 
 template <Decay DECAY, Erase ERASE, int NV>
 struct Usual {
-    using Part = Block<DECAY, ERASE, ERASE == NO_ERASE ? MR : MR / 2>;
+    using Part = Block<DECAY, ERASE, ERASE == NO_ERASE ? MR : ERASE == TIED && L == 8 ? MR : MR / 2>;
     static constexpr int N = Part::N, EVENTS = Part::EVENTS, READERS = Part::READERS, X = Part::X, Q = Part::Q;
+    static constexpr int AT_ONCE = READERS < MR ? READERS : MR;  // readers in one tile
     const Problem& p;
     Scratch memory;
     Part block;
@@ -96,7 +97,7 @@ struct Usual {
 
     INLINE void panel(float* s, int c) {
         vec read[READERS][NV], value[EVENTS][NV];
-        read_panel(block.next, read, block.scaled, at.Kp, s);
+        read_panel<AT_ONCE>(block.next, read, block.scaled, at.Kp, s);
 #pragma GCC unroll 8
         for (int i = 0; i < N; i++)
 #pragma GCC unroll 2
@@ -108,6 +109,7 @@ struct Usual {
                 value[i][v] = add_seen<X>(value[i][v], value, i, v);
                 store(val + i * at.Vp + c + v * L, value[i][v]);
             }
+        if (AT_ONCE < READERS) read_panel<READERS - AT_ONCE>(block.next, read + AT_ONCE, block.scaled + AT_ONCE * at.Kp, at.Kp, s);
 #pragma GCC unroll 8
         for (int i = 0; i < N; i++)
 #pragma GCC unroll 2

@@ -247,7 +247,7 @@ struct UsualBackward {
     // Rows times a panel, and times what is left of them, if that is a number
     APART void product(float* out, const float* rows, const float* panel, const float* left) {
         vec sum[ROWS][NK];
-        read_panel(block.next, sum, rows, at.Vp, panel);
+        read_panel<ROWS>(block.next, sum, rows, at.Vp, panel);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2

@@ -297,13 +297,15 @@ def test_threads_and_batches_change_no_bit(rule):
     assert torch.equal(alone.y, found[0][0][1:2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("K", [64, 40])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("rule", [R.decayed_hebb, R.gated_delta, R.generalised_delta], ids=name)
-def test_results_that_go_past_the_caches_are_those_that_stay(rule, per_channel, K):
+def test_results_that_go_past_the_caches_are_those_that_stay(rule, per_channel, K, dtype):
     B, T, H, V = 4, 1037, 2, 64
-    low, start = single(example(rule, B, T, H, K, V, per_channel=per_channel)), state_for(rule, B, H, K, V)[0].float()
-    given = {"state": start, **low, "d": torch.randn(B, T, H, V, generator=torch.Generator().manual_seed(0))}
+    low = {n: x.to(dtype) for n, x in example(rule, B, T, H, K, V, per_channel=per_channel).items()}
+    start = state_for(rule, B, H, K, V)[0].float()
+    given = {"state": start, **low, "d": torch.randn(B, T, H, V, generator=torch.Generator().manual_seed(0)).to(dtype)}
 
     def everything(state, d, **signals):
         leaves = [x.clone().requires_grad_() for x in (state, *signals.values())]

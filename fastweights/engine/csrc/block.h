@@ -61,15 +61,15 @@ struct Block {
     struct Places {  // of rows of results
         float* first;
         int64_t step;
-        bool past;  // see store_past
+        bool there, past;  // in the tensor itself; past the caches, once they are there
         INLINE void put(int i, int64_t at, vec x) const {
             float* to = first + i * step + at;
-            if (past) store_past(to, x);
+            if (there && past) store_past(to, x);
             else store(to, x);
         }
     };
     typedef float of_events __attribute__((vector_size(4 * N), aligned(4), may_alias));  // numbers of the events of a set
-    static constexpr int64_t FAR = int64_t{1} << 19;  // numbers
+    static constexpr int64_t FAR = int64_t{1} << 18;  // numbers
     const Problem& p;
     Layout at;
     const bool far;                 // results are more than the caches of a core hold until they are used
@@ -176,15 +176,18 @@ struct Block {
     }
     // Where rows of results go: to the tensor itself, if they can be written there and all of them are; or to `room`, from where they are put.
     Places places(float* room, const Tensor& t, int width, int padded) const {
-        if (!t || !in_place(t) || t.heads || count < N || width < padded) return {room, padded, false};
-        return {reinterpret_cast<float*>(t.data) + token * t.time, t.time, t.time % L == 0 && far_and_whole(t.data)};
+        const bool past = goes_past(t, width);
+        if (!t || !in_place(t) || t.heads || count < N || width < padded) return {room, padded, false, past};
+        return {reinterpret_cast<float*>(t.data) + token * t.time, t.time, true, past};
     }
-    INLINE bool far_and_whole(const void* to) const { return far && reinterpret_cast<uintptr_t>(to) % sizeof(vec) == 0; }
+    // Whether they are whole lines, and too many for the caches
+    INLINE bool goes_past(const Tensor& t, int width) const {
+        const int64_t size = t.type == F32 ? 4 : 2;
+        return far && t.channel == 1 && !t.heads && whole_lines(t.data) && t.time * size % Ahead::LINE == 0 && width * size % Ahead::LINE == 0;
+    }
+    INLINE static bool whole_lines(const void* from) { return reinterpret_cast<uintptr_t>(from) % Ahead::LINE == 0; }
     void put(const Tensor& t, const float* rows, int width, int padded, const float* scales = nullptr) const {
-        const Places there = places(nullptr, t, width, padded);
-        for (int i = 0; i < N && there.past; i++)
-            for (int c = 0; c < width; c += L) there.put(i, c, load(rows + i * padded + c) * (scales ? scales[i] : 1.0f));
-        if (t && !there.past) store_rows(t, token * t.time, rows, padded, count, width, scales, 1);
+        if (t) store_rows(t, token * t.time, rows, padded, count, width, scales, 1, goes_past(t, width));
     }
     // What decays key by key goes elsewhere on the way.
     Rows decaying_rows(float* to, const Tensor& t) { return rows_or_copies(to, t, at.K, at.Kp, DECAY == PER_KEY); }

@@ -92,26 +92,50 @@ INLINE vec load16(const uint16_t* p, Type type) {
         typedef uint16_t half __attribute__((vector_size(2 * L), aligned(2), may_alias));
         return (vec)(__builtin_convertvector(*reinterpret_cast<const half*>(p), uvec) << 16);
     }
+#if defined(__AVX512F__)  // some compilers convert lane by lane
+    return (vec)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
     typedef float16 half __attribute__((vector_size(2 * L), aligned(2), may_alias));
     return __builtin_convertvector(*reinterpret_cast<const half*>(p), vec);
+#endif
 }
 
-INLINE void store16(uint16_t* p, vec x, Type type) {
-    if (type == BF16) {
-#if defined(__AVX512BF16__)
-        __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-        std::memcpy(p, &rounded, sizeof rounded);
+typedef uint16_t narrow __attribute__((vector_size(2 * L)));
+INLINE narrow narrowed(vec x, Type type) {
+    narrow out;
+    if (type == F16) {
+#if defined(__AVX512F__)
+        return (narrow)_mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+        return (narrow)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
-        typedef uint16_t half __attribute__((vector_size(2 * L), aligned(2), may_alias));
-        uvec bits = (uvec)x, even = (bits >> 16) & 1;
-        uvec rounded = (bits + 0x7fff + even) >> 16, nan = (bits >> 16) | 64;
-        ivec is_number = x == x;
-        *reinterpret_cast<half*>(p) = __builtin_convertvector((rounded & (uvec)is_number) | (nan & ~(uvec)is_number), half);
+        typedef float16 half __attribute__((vector_size(2 * L)));
+        const half rounded = __builtin_convertvector(x, half);
+        std::memcpy(&out, &rounded, sizeof out);
+        return out;
 #endif
-    } else {
-        typedef float16 half16 __attribute__((vector_size(2 * L), aligned(2), may_alias));
-        *reinterpret_cast<half16*>(p) = __builtin_convertvector(x, half16);
     }
+#if defined(__AVX512BF16__)
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(&out, &rounded, sizeof out);
+#else
+    const uvec bits = (uvec)x, even = (bits >> 16) & 1;
+    const uvec rounded = (bits + 0x7fff + even) >> 16, nan = (bits >> 16) | 64;
+    const ivec is_number = x == x;
+    out = __builtin_convertvector((rounded & (uvec)is_number) | (nan & ~(uvec)is_number), narrow);
+#endif
+    return out;
+}
+INLINE void store16(uint16_t* p, vec x, Type type, bool past = false) {
+    const narrow out = narrowed(x, type);
+#if defined(__AVX512F__)
+    if (past) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)out);
+#elif defined(__AVX2__)
+    if (past) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)out);
+#endif
+    std::memcpy(p, &out, sizeof out);
 }
 
 INLINE float load_one(const void* p, int64_t i, Type type) {

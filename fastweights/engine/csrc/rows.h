@@ -116,7 +116,8 @@ SHARED void store_row(const Tensor& t, int64_t offset, const float* row, int n, 
     }
 }
 
-SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int rows_stride, int count, int n, const float* scales, int stride) {
+SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int rows_stride, int count, int n, const float* scales, int stride,
+                       bool past = false) {
     const bool add = t.heads != 0;  // a head before this one has written the sum so far
     const auto whole = [=](auto* to, auto store) {
         to += offset;
@@ -127,9 +128,9 @@ SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int r
     };
     if (t.channel == 1 && n % L == 0 && !add) {
         const auto half = reinterpret_cast<uint16_t*>(t.data);
-        if (t.type == F32) return whole(reinterpret_cast<float*>(t.data), [](float* p, vec x) { store(p, x); });
-        if (t.type == BF16) return whole(half, [](uint16_t* p, vec x) { store16(p, x, BF16); });
-        return whole(half, [](uint16_t* p, vec x) { store16(p, x, F16); });
+        if (t.type == F32) return whole(reinterpret_cast<float*>(t.data), [=](float* p, vec x) { past ? store_past(p, x) : store(p, x); });
+        if (t.type == BF16) return whole(half, [=](uint16_t* p, vec x) { store16(p, x, BF16, past); });
+        return whole(half, [=](uint16_t* p, vec x) { store16(p, x, F16, past); });
     }
     for (int r = 0; r < count; r++, rows += rows_stride) store_row(t, offset + r * t.time, rows, n, scales ? scales[r * stride] : 1.0f, add);
 }

@@ -67,12 +67,12 @@ struct Usual {
         if (DECAY == PER_HEAD) put_off();
         if (DECAY == PER_KEY) put_off_keys();
         for (int n = 0; n < at.panels; n++) panel(S + n * at.Kp * NV * L, n * NV * L);
-        if (read_to.first == out) block.put(o, out, at.V, at.Vp);
+        if (!read_to.there) block.put(o, out, at.V, at.Vp);
         if (p.values && ERASE != NO_ERASE) save(p.values + (row * p.T + token) * at.Vp);
     }
 
     void save(float* values) const {
-        const bool past = block.far_and_whole(values);
+        const bool past = block.far && block.whole_lines(values);
         for (int c = 0; c < block.count * at.Vp; c += L)
             if (past) store_past(values + c, load(val + c));
             else store(values + c, load(val + c));

@@ -153,14 +153,14 @@ struct UsualBackward {
         block.soon_written(q_to.past, to.read[0].q, at.K);
         for (int s = 0; s < SETS; s++) block.soon_written(key_to[s].past, key_gradient(s), at.K);
         if (DECAY == PER_KEY) block.soon_written(log_to.past, d.g, at.K);
-        if (ERASES) block.soon_written(block.far, d.x, at.K);
-        block.soon_written(block.far, d.u, at.V);
+        if (ERASES) block.soon_written(block.goes_past(d.x, at.K), d.x, at.K);
+        block.soon_written(block.goes_past(d.u, at.V), d.u, at.V);
     }
 
     // They come a vector at a time, which may be half a line: halves are not written past the caches.
     typename Part::Places rows_of_keys(float* room, const Tensor& t) const {
         typename Part::Places out = block.places(room, t, at.K, at.Kp);
-        out.past &= sizeof(vec) == Ahead::LINE;
+        out.past &= !out.there || sizeof(vec) == Ahead::LINE;
         return out;
     }
 
@@ -426,13 +426,12 @@ struct UsualBackward {
 
     void give() {
         const Micro& d = to.micro[0];
-        if (q_to.first == dq) block.put(to.read[0].q, dq, at.K, at.Kp);
+        if (!q_to.there) block.put(to.read[0].q, dq, at.K, at.Kp);
         for (int s = 0; s < SETS; s++) {
-            float* rows = dkeys + s * N * at.Kp;
-            if (key_to[s].first == rows) block.put(key_gradient(s), rows, at.K, at.Kp);
+            if (!key_to[s].there) block.put(key_gradient(s), dkeys + s * N * at.Kp, at.K, at.Kp);
         }
         if (ERASES) give_x();
-        if (DECAY == PER_KEY && log_to.first == dlog) block.put(d.g, dlog, at.K, at.Kp);
+        if (DECAY == PER_KEY && !log_to.there) block.put(d.g, dlog, at.K, at.Kp);
         if (DECAY == PER_HEAD) add_numbers(d.g, block.token * d.g.time, block.count, log_of_head);
         give_values();
     }

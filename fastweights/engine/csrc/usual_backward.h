@@ -160,7 +160,7 @@ struct UsualBackward {
     // They come a vector at a time, which may be half a line: halves are not written past the caches.
     typename Part::Places rows_of_keys(float* room, const Tensor& t) const {
         typename Part::Places out = block.places(room, t, at.K, at.Kp);
-        out.past &= !out.there || sizeof(vec) == Ahead::LINE;
+        if (out.past && sizeof(vec) < Ahead::LINE) return {room, at.Kp, false, true};
         return out;
     }
 

@@ -39,7 +39,7 @@ struct UsualBackward {
     float *dx, *dq, *dkeys, *dlog;  // [N][Kp]; dkeys [EVENTS][Kp]
     typename Part::Places q_to, key_to[SETS], log_to;  // their rows, or those of tensors
     float *weight, *passed;         // as score: gradient . value; the same times what is left of the event, if that is a number
-    vec of_reader[L], of_event[L], of_x[L], whole[4];  // sums over keys: reader . gradient, key . gradient, x . dx, S_0 . dS
+    vec of_reader[L], of_event[L], of_x[L], whole;  // sums over keys: reader . gradient, key . gradient, x . dx, S_0 . dS
     double log_of_head[N];
 
     static int64_t slots(const Problem& p) { return p.segment / N + 2; }
@@ -140,7 +140,7 @@ struct UsualBackward {
         for (int v = 0; v < at.Vp; v += L) gradient_of_values(v);
         weights();
         for (int i = 0; i < L; i++) of_reader[i] = of_event[i] = of_x[i] = vec{};
-        for (vec& x : whole) x = vec{};
+        whole = vec{};
         for (int k = 0; k < at.Kp; k += W) keys(S, k);
         if (DECAY == PER_HEAD) log_per_head(static_cast<double>(S[at.state()]) * kept.by);
         advance();
@@ -238,9 +238,7 @@ struct UsualBackward {
         for (int r = 0; r < READERS; r += ROWS) product(T + r * W, given + r * at.Vp, s, left_of_S + r);
 #pragma GCC unroll 2
         for (int e = 0; e < EVENTS; e += ROWS) product(U + e * W, values + e * at.Vp, d, left_of_dS + e % N);
-        for (int of = 0; of < at.Vp * W && DECAY == PER_HEAD; of += 4 * L)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) whole[j] += fw::load(s + of + j * L) * fw::load(d + of + j * L);
+        for (int v = 0; v < W && DECAY == PER_HEAD; v += L) whole += row_sums(s + v, d + v);
         for (int v = 0; v < W; v += L) keys(s + v, d + v, k + v, T + v, U + v);
     }
 
@@ -392,7 +390,7 @@ struct UsualBackward {
         float taken[L], left_there[L];
         store(taken, sums(of_reader));
         store(left_there, sums(of_event));
-        double through = sum_exactly((whole[0] + whole[1]) + (whole[2] + whole[3])) * of_whole * *block.total, later = 0, earlier = 0;
+        double through = sum_exactly(whole) * of_whole * *block.total, later = 0, earlier = 0;
         for (int l = N - 1; l >= 0; l--) {
             if (ERASES && l + 1 < N) later += taken[l + 1] * block.cx[l + 1];
             later += taken[Q * N + l];

@@ -37,10 +37,14 @@ class Inputs:
     slow: Mapping[str, Tensor] = field(default_factory=dict)  # as given: (H or fewer, ...)
 
     def empty(self) -> Tensor:
-        """The output of no tokens."""
+        """The output of no tokens, whose gradients are zeros."""
         shown = self.rule.trace_for(self.token_shapes()).output
         shape = (self.V,) if shown is None else tuple(shown.shape)
-        return torch.zeros(self.B, 0, self.H, *shape, dtype=self.dtype, device=self.device)
+        out = torch.zeros(self.B, 0, self.H, *shape, dtype=self.dtype, device=self.device)
+        for x in (*self.signals.values(), *self.states, *self.slow.values()):
+            if x.requires_grad:
+                out = out + 0 * x.sum().to(self.dtype)
+        return out
 
     def token_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every state and signal for one token and one head."""

@@ -219,6 +219,16 @@ def still(W, k: fw.Key, v: fw.Value):
     return W
 
 
+@pytest.mark.parametrize("rule", [R.hebb, R.gated_delta, R.normalised_hebb, R.softmax_delta, R.momentum], ids=name)
+def test_no_tokens_have_gradients_of_zero(rule):
+    signals = {n: x.requires_grad_() for n, x in example(rule, 2, 0, 2, 3, 3).items()}
+    start = tuple(s.requires_grad_() for s in state_for(rule, 2, 2, 3, 3))
+    y = fw.scan(rule, **signals, state=start).y
+    assert y.shape[1] == 0
+    for x, g in zip((*signals.values(), *start), torch.autograd.grad(y.sum(), (*signals.values(), *start)), strict=True):
+        assert torch.equal(g, torch.zeros_like(x))
+
+
 def test_no_way_of_running_returns_the_memory_of_the_caller():
     k, W = torch.randn(1, 5, 1, 4), torch.randn(1, 1, 4, 4)
 

@@ -103,33 +103,28 @@ INLINE vec load16(const uint16_t* p, Type type) {
 }
 
 typedef uint16_t narrow __attribute__((vector_size(2 * L)));
-INLINE narrow narrowed(vec x, Type type) {
-    narrow out;
-    if (type == F16) {
+INLINE narrow to_float16(vec x) {
 #if defined(__AVX512F__)
-        return (narrow)_mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    return (narrow)_mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__AVX2__)
-        return (narrow)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+    return (narrow)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
-        typedef float16 half __attribute__((vector_size(2 * L)));
-        const half rounded = __builtin_convertvector(x, half);
-        std::memcpy(&out, &rounded, sizeof out);
-        return out;
+    typedef float16 half __attribute__((vector_size(2 * L)));
+    return (narrow)__builtin_convertvector(x, half);
 #endif
-    }
+}
+INLINE narrow to_bfloat16(vec x) {
 #if defined(__AVX512BF16__)
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-    std::memcpy(&out, &rounded, sizeof out);
+    return (narrow)_mm512_cvtneps_pbh((__m512)x);
 #else
     const uvec bits = (uvec)x, even = (bits >> 16) & 1;
     const uvec rounded = (bits + 0x7fff + even) >> 16, nan = (bits >> 16) | 64;
     const ivec is_number = x == x;
-    out = __builtin_convertvector((rounded & (uvec)is_number) | (nan & ~(uvec)is_number), narrow);
+    return __builtin_convertvector((rounded & (uvec)is_number) | (nan & ~(uvec)is_number), narrow);
 #endif
-    return out;
 }
-INLINE void store16(uint16_t* p, vec x, Type type, bool past = false) {
-    const narrow out = narrowed(x, type);
+INLINE void store16(uint16_t* p, vec x, Type type, [[maybe_unused]] bool past = false) {
+    const narrow out = type == BF16 ? to_bfloat16(x) : to_float16(x);
 #if defined(__AVX512F__)
     if (past) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)out);
 #elif defined(__AVX2__)

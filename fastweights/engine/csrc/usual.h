@@ -1,11 +1,12 @@
-// The forward pass of the usual programs, a block at a time: as many tokens as let all their readers be the rows of one tile, or of two where
-// that would leave only two events to write at once. In the words of block.h,
+// The forward pass of the usual programs, a block at a time: as many tokens as let all their readers be the rows of one tile, or of two
+// where that would leave only two events to write at once. In the words of block.h,
 //
 //   val_i = u_i + S_0^T (P_i x_i)     + sum over e <  i of (x_i . D(e -> i) y_e) val_e
 //   o_i   =       S_0^T (P_{i+1} q_i) + sum over e <= i of (q_i . D(e -> i + 1) y_e) val_e
 //   S     = diag(P_N) S_0 + sum over e of (D(e -> N) y_e) val_e^T
 //
-// A panel of S is read once for all readers of a tile and written once for all events; the triangles between are short enough to stay in registers.
+// A panel of S is read once for all readers of a tile and written once for all events; the triangles between are short enough to stay in
+// registers.
 // S itself is not decayed in every block: see PutOff.
 #pragma once
 #include "block.h"

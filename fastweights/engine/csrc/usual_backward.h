@@ -157,7 +157,7 @@ struct UsualBackward {
         block.soon_written(block.goes_past(d.u, at.V), d.u, at.V);
     }
 
-    // They come a vector at a time, which may be half a line: halves are not written past the caches.
+    // They come a vector at a time: where that is half a line they go past the caches by the row, from the room.
     typename Part::Places rows_of_keys(float* room, const Tensor& t) const {
         typename Part::Places out = block.places(room, t, at.K, at.Kp);
         if (out.past && sizeof(vec) < Ahead::LINE) return {room, at.Kp, false, true};
@@ -425,9 +425,8 @@ struct UsualBackward {
     void give() {
         const Micro& d = to.micro[0];
         if (!q_to.there) block.put(to.read[0].q, dq, at.K, at.Kp);
-        for (int s = 0; s < SETS; s++) {
+        for (int s = 0; s < SETS; s++)
             if (!key_to[s].there) block.put(key_gradient(s), dkeys + s * N * at.Kp, at.K, at.Kp);
-        }
         if (ERASES) give_x();
         if (DECAY == PER_KEY && !log_to.there) block.put(d.g, dlog, at.K, at.Kp);
         if (DECAY == PER_HEAD) add_numbers(d.g, block.token * d.g.time, block.count, log_of_head);

@@ -67,6 +67,18 @@ struct Block {
             if (there && past) store_past(to, x);
             else store(to, x);
         }
+        template <int NV>
+        INLINE void put(int64_t at, const vec (&x)[N][NV]) const {
+            const int64_t on = step;
+            const auto rows = [&x, on](float* to, auto store) INLINE_CALL {
+#pragma GCC unroll 8
+                for (int i = 0; i < N; i++, to += on)
+#pragma GCC unroll 2
+                    for (int v = 0; v < NV; v++) store(to + v * L, x[i][v]);
+            };
+            if (there && past) rows(first + at, [](float* to, vec y) INLINE_CALL { store_past(to, y); });
+            else rows(first + at, [](float* to, vec y) INLINE_CALL { store(to, y); });
+        }
     };
     typedef float of_events __attribute__((vector_size(4 * N), aligned(4), may_alias));  // numbers of the events of a set
     static constexpr int64_t FAR = int64_t{1} << 18;  // numbers
@@ -78,7 +90,7 @@ struct Block {
     Ahead next;
     int64_t token = 0, ahead = N;   // tokens from this block to the one that comes after it
     int count = 0;
-    float *readers, *keys;          // [KINDS][N][Kp], [SETS][N][Kp]
+    float *readers, *keys;          // [KINDS][N][Kp], [SETS][N][Kp]; one place for keys that are x, too, where neither changes
     float *scaled, *ends;           // per key: the same times P_i (P_{i+1} for q), and times D(e -> N)
     float *decay, *total;           // [N][Kp] a_i; [Kp] P_N; one number each if per head
     float* before;                  // per key: [Kp] what P_0 is, that is 1, unless decays wait (see PutOff)
@@ -96,7 +108,8 @@ struct Block {
     Block(const Problem& problem, Scratch& memory, bool keeps)
         : p(problem), at(p), far(p.B * p.T * p.H * (at.Kp + at.Vp) >= 2 * FAR), apart(keeps && DECAY == PER_KEY) {
         readers = memory.take(READERS * at.Kp), scaled = apart ? memory.take(READERS * at.Kp) : readers;
-        keys = memory.take(EVENTS * at.Kp), ends = apart ? memory.take(EVENTS * at.Kp) : keys;
+        const bool same = ERASE == TIED && DECAY != PER_KEY && p.micro[0].x_is_y;
+        keys = same ? readers : memory.take(EVENTS * at.Kp), ends = apart ? memory.take(EVENTS * at.Kp) : keys;
         decay = memory.take(N * at.Kp), total = memory.take(at.Kp), before = memory.take(at.Kp), u = memory.take(N * at.Vp);
         factor = memory.take(N / 2 * GROUP), score = memory.take(SETS * N / 2 * GROUP);
         std::memset(factor, 0, sizeof(float) * N / 2 * GROUP);
@@ -116,7 +129,8 @@ struct Block {
     INLINE bool x_decays() const { return DECAY != NO_DECAY && ERASE != NO_ERASE && micro().decayed; }
     INLINE static int place(int kind, int i) { return (i / 2 * KINDS + kind) * 2 * N + i % 2 * N; }
     INLINE float& factor_of(int kind, int i, int e) const { return factor[place(kind, i) + e]; }
-    INLINE const float* scores_of(int set, int kind, int i) const { return score + set * (N / 2) * GROUP + place(kind, i); }
+    INLINE static int place(int set, int kind, int i) { return set * (N / 2) * GROUP + place(kind, i); }
+    INLINE const float* scores_of(int set, int kind, int i) const { return score + place(set, kind, i); }
 
     // What was found, after the last block.
     void finish() const {
@@ -148,7 +162,7 @@ struct Block {
     void load_readers() {
         if (ERASE != NO_ERASE) {
             if (!micro().x_is_y) reader[X] = decaying_rows(readers, micro().x);
-            else if (key[0].first != keys) reader[X] = key[0];
+            else if (key[0].first != keys || keys == readers) reader[X] = key[0];
             else reader[X] = {static_cast<float*>(std::memcpy(readers, keys, sizeof(float) * N * at.Kp)), at.Kp};
             numbers(cx, micro().cx, static_cast<float>(micro().sx), 1);
         }
@@ -200,6 +214,12 @@ struct Block {
     }
     INLINE const float* reader_row(int r) const { return reader[r / N][r % N]; }
     void numbers(float* to, const Tensor& t, float scale, float absent) const {
+        if (t && t.type == F32 && count == N) {
+            const float* from = reinterpret_cast<const float*>(t.data) + token * t.time;
+#pragma GCC unroll 16
+            for (int i = 0; i < N; i++) to[i] = scale * from[i * t.time];
+            return;
+        }
         load_numbers(to, t, token * t.time, count, scale, absent);
         for (int i = count; i < N; i++) to[i] = 0;
     }
@@ -318,16 +338,28 @@ INLINE void scale_state(const Layout& at, float* to, const float* from, float by
 
 // ---- a panel of S: rows of NV vectors --------------------------------------------------------------------------------
 
+// Rows between two fetches. Where vectors are short there are many instructions for the work that is done, and a processor that two programs
+// share decodes too few to look for what to fetch after every few of them.
+constexpr int64_t UNTIL_FETCH = L == 8 ? 64 : STEP;
+
+// f(k) for every NUMBER rows up to K
+template <int NUMBER, class F>
+INLINE void rows_of_panel(Ahead& next, int64_t K, F f) {
+    for (int64_t k = 0; k < K;) {
+        next.fetch();
+        for (const int64_t end = k + UNTIL_FETCH < K ? k + UNTIL_FETCH : K; k < end; k += NUMBER) f(k);
+    }
+}
+
 // sum[m] = row m of M . panel
 template <int M, int NV>
 INLINE void read_panel(Ahead& next, vec (*sum)[NV], const float* rows, int64_t K, const float* s) {
     vec now[M][NV];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) clear(now[m]);
-    for (int k = 0; k < K; k += STEP) {
-        next.fetch();
+    rows_of_panel<2>(next, K, [&](int64_t k) INLINE_CALL {
 #pragma GCC unroll 2
-        for (int d = k; d < k + STEP; d++) {
+        for (int64_t d = k; d < k + 2; d++) {
             vec row[NV];
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) row[v] = load(s + (d * NV + v) * L);
@@ -336,7 +368,7 @@ INLINE void read_panel(Ahead& next, vec (*sum)[NV], const float* rows, int64_t K
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; v++) now[m][v] += rows[m * K + d] * row[v];
         }
-    }
+    });
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
@@ -347,8 +379,7 @@ INLINE void read_panel(Ahead& next, vec (*sum)[NV], const float* rows, int64_t K
 template <int E, int NV, class Decayed>
 INLINE void write_panel(Ahead& next, float* to, const float* from, const float* keys, int64_t K, const vec (&value)[E][NV], Decayed decayed) {
     constexpr int ROWS = MR / 2;  // at once
-    for (int k = 0; k < K; k += ROWS, from += ROWS * NV * L, to += ROWS * NV * L) {
-        if (k % STEP == 0) next.fetch();
+    rows_of_panel<ROWS>(next, K, [&](int64_t k) INLINE_CALL {
         vec row[ROWS][NV];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++)
@@ -364,7 +395,8 @@ INLINE void write_panel(Ahead& next, float* to, const float* from, const float* 
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) store(to + (r * NV + v) * L, row[r][v]);
-    }
+        from += ROWS * NV * L, to += ROWS * NV * L;
+    });
 }
 
 }  // namespace fw

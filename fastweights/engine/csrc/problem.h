@@ -113,7 +113,7 @@ struct Head {
 
 INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-constexpr int STEP = L < 8 ? 8 : L;  // rows of a panel between two fetches
+constexpr int STEP = L < 8 ? 8 : L;  // what rows of a panel are padded to
 
 // How S and rows are padded: keys and values to whole tiles, values to panels of one or two vectors. S is [panel][key][value of panel].
 struct Layout {

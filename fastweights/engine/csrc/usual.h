@@ -25,6 +25,7 @@ struct Usual {
     float *S, *val, *out;  // val and out: [N][Vp]
     typename Part::Rows u;
     typename Part::Places read_to;
+    float of_x[N];         // what multiplies what x read
     PutOff kept;           // per head: S is this times what is kept of it; per key, row k is block.before[k] times that
     bool waits = true;     // what is kept is not multiplied now; else by
     float decay = 1;       // this, or per key by block.total
@@ -67,16 +68,18 @@ struct Usual {
         block.scores();
         if (DECAY == PER_HEAD) put_off();
         if (DECAY == PER_KEY) put_off_keys();
+        for (int i = 0; i < N && ERASE != NO_ERASE; i++) of_x[i] = DECAY == PER_HEAD ? block.left[i] * block.cx[i] : block.cx[i];
         for (int n = 0; n < at.panels; n++) panel(S + n * at.Kp * NV * L, n * NV * L);
         if (!read_to.there) block.put(o, out, at.V, at.Vp);
         if (p.values && ERASE != NO_ERASE) save(p.values + (row * p.T + token) * at.Vp);
     }
 
     void save(float* values) const {
-        const bool past = block.far && block.whole_lines(values);
-        for (int c = 0; c < block.count * at.Vp; c += L)
-            if (past) store_past(values + c, load(val + c));
-            else store(values + c, load(val + c));
+        const float* from = val;
+        const int64_t numbers = block.count * at.Vp;
+        if (block.far && block.whole_lines(values))
+            for (int64_t c = 0; c < numbers; c += L) store_past(values + c, load(from + c));
+        else std::memcpy(values, from, sizeof(float) * numbers);
     }
 
     void put_off() {
@@ -97,27 +100,31 @@ struct Usual {
     }
 
     INLINE void panel(float* s, int c) {
-        vec read[READERS][NV], value[EVENTS][NV];
-        read_panel<AT_ONCE>(block.next, read, block.scaled, at.Kp, s);
+        // Of their own: storing a vector may change any member, for all that compilers know.
+        const float *const score = block.score, *from = u.first + c;
+        float* to = val + c;
+        const int64_t step = u.step, K = at.Kp, V = at.Vp;
+        vec read[READERS][NV], value[EVENTS][NV], seen[N][NV];
+        read_panel<AT_ONCE>(block.next, read, block.scaled, K, s);
 #pragma GCC unroll 8
-        for (int i = 0; i < N; i++)
+        for (int i = 0; i < N; i++, from += step, to += V)
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
-                value[EVENTS - N + i][v] = load(u[i] + c + v * L) * block.cu[i];
+                value[EVENTS - N + i][v] = load(from + v * L) * block.cu[i];
                 if (ERASE == NO_ERASE) continue;
-                const vec seen = read[i][v] * (DECAY == PER_HEAD ? block.left[i] * block.cx[i] : block.cx[i]);
-                value[i][v] = ERASE == TIED ? value[i][v] + seen : seen;
-                value[i][v] = add_seen<X>(value[i][v], value, i, v);
-                store(val + i * at.Vp + c + v * L, value[i][v]);
+                value[i][v] = ERASE == TIED ? value[i][v] + read[i][v] * of_x[i] : read[i][v] * of_x[i];
+                value[i][v] = add_seen<X>(value[i][v], score, value, i, v);
+                store(to + v * L, value[i][v]);
             }
-        if (AT_ONCE < READERS) read_panel<READERS - AT_ONCE>(block.next, read + AT_ONCE, block.scaled + AT_ONCE * at.Kp, at.Kp, s);
+        if (AT_ONCE < READERS) read_panel<READERS - AT_ONCE>(block.next, read + AT_ONCE, block.scaled + AT_ONCE * K, K, s);
 #pragma GCC unroll 8
         for (int i = 0; i < N; i++)
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
-                const vec seen = DECAY == PER_HEAD ? read[Q * N + i][v] * block.left[Q * N + i] : read[Q * N + i][v];
-                read_to.put(i, c + v * L, add_seen<Q>(seen, value, i, v));
+                const vec left = DECAY == PER_HEAD ? read[Q * N + i][v] * block.left[Q * N + i] : read[Q * N + i][v];
+                seen[i][v] = add_seen<Q>(left, score, value, i, v);
             }
+        read_to.put(c, seen);
 #pragma GCC unroll 16
         for (int e = 0; e < EVENTS; e++)
 #pragma GCC unroll 2
@@ -133,11 +140,11 @@ struct Usual {
 
     // What a reader of token i sees of the events of the block
     template <int KIND>
-    INLINE vec add_seen(vec sum, const vec (&value)[EVENTS][NV], int i, int v) const {
+    INLINE static vec add_seen(vec sum, const float* score, const vec (&value)[EVENTS][NV], int i, int v) {
 #pragma GCC unroll 8
         for (int e = 0; e < (KIND == Q ? i + 1 : i); e++) {
-            sum += block.scores_of(0, KIND, i)[e] * value[e][v];
-            if (ERASE == FREE) sum += block.scores_of(1, KIND, i)[e] * value[N + e][v];
+            sum += score[Part::place(0, KIND, i) + e] * value[e][v];
+            if (ERASE == FREE) sum += score[Part::place(1, KIND, i) + e] * value[N + e][v];
         }
         return sum;
     }

@@ -37,6 +37,7 @@ struct UsualBackward {
     float* ends;                    // what is left of the keys in the end, turned: [Kp][L], or in pairs [Kp / 2][L]
     float *decays, *decay;          // per key: [segment][Kp] a_i of the blocks that were rebuilt; [N][Kp] those of another
     float *dx, *dq, *dkeys, *dlog;  // [N][Kp]; dkeys [EVENTS][Kp]
+    typename Part::Rows u;          // what was to be written, before its number
     typename Part::Places q_to, key_to[SETS], log_to;  // their rows, or those of tensors
     float *weight, *passed;         // as score: gradient . value; the same times what is left of the event, if that is a number
     vec of_reader[L], of_event[L], of_x[L], whole;  // sums over keys: reader . gradient, key . gradient, x . dx, S_0 . dS
@@ -131,6 +132,7 @@ struct UsualBackward {
         for (int r = 0; r < READERS; r++) left_of_S[r] = block.left[r] * S[at.state()];
         for (int e = 0; e < N; e++) left_of_dS[e] = block.to_end[e] * kept.by;
         block.rows(given + Q * N * at.Vp, to.read[0].out, at.V, at.Vp);
+        if (block.micro().u) u = block.rows_or_copies(block.u, block.micro().u, at.V, at.Vp);
         q_to = rows_of_keys(dq, to.read[0].q), log_to = rows_of_keys(dlog, to.micro[0].g);
         for (int s = 0; s < SETS; s++) key_to[s] = rows_of_keys(dkeys + s * N * at.Kp, key_gradient(s));
         soon();
@@ -225,7 +227,7 @@ struct UsualBackward {
     INLINE void pass(int at, const float* left) const {
         *reinterpret_cast<typename Part::of_events*>(passed + at) = of(weight + at) * of(left);
     }
-    INLINE static int place(int set, int kind, int i) { return set * SCORES + Part::place(kind, i); }
+    INLINE static int place(int set, int kind, int i) { return Part::place(set, kind, i); }
     INLINE const float* weights_of(int set, int kind, int i) const { return weight + place(set, kind, i); }
 
     // ---- keys --------------------------------------------------------------------------------------------------------
@@ -447,18 +449,16 @@ struct UsualBackward {
     }
 
     void give_values() {
-        const Tensor& u = block.micro().u;
-        if (!u) return;
+        if (!block.micro().u) return;
         const float* d = ERASE == TIED ? given : du;
         if (ERASE == TIED) block.numbers(block.cu, block.micro().cu, static_cast<float>(block.micro().su), 1);
         block.put(to.micro[0].u, d, at.V, at.Vp, block.cu);
         const Tensor number_to = gradient_of_cu(to.micro[0]);
         if (!number_to) return;
-        const typename Part::Rows row = block.rows_or_copies(block.u, u, at.V, at.Vp);
         vec products[L];
         clear(products);
         for (int i = 0; i < N; i++)
-            for (int v = 0; v < at.Vp; v += L) products[i] += fw::load(row[i] + v) * fw::load(d + i * at.Vp + v);
+            for (int v = 0; v < at.Vp; v += L) products[i] += fw::load(u[i] + v) * fw::load(d + i * at.Vp + v);
         float number[L];
         store(number, sums(products) * static_cast<float>(block.micro().su));
         add_numbers(number_to, block.token * number_to.time, block.count, number);

@@ -68,16 +68,14 @@ struct Block {
             else store(to, x);
         }
         template <int NV>
-        INLINE void put(int64_t at, const vec (&x)[N][NV]) const {
-            const int64_t on = step;
-            const auto rows = [&x, on](float* to, auto store) INLINE_CALL {
-#pragma GCC unroll 8
-                for (int i = 0; i < N; i++, to += on)
+        INLINE void put(int i, int64_t at, const vec (&x)[NV]) const {
+            float* to = first + i * step + at;
+            const auto each = [&x, to](auto store) INLINE_CALL {
 #pragma GCC unroll 2
-                    for (int v = 0; v < NV; v++) store(to + v * L, x[i][v]);
+                for (int v = 0; v < NV; v++) store(to + v * L, x[v]);
             };
-            if (there && past) rows(first + at, [](float* to, vec y) INLINE_CALL { store_past(to, y); });
-            else rows(first + at, [](float* to, vec y) INLINE_CALL { store(to, y); });
+            if (there && past) each([](float* to, vec y) INLINE_CALL { store_past(to, y); });
+            else each([](float* to, vec y) INLINE_CALL { store(to, y); });
         }
     };
     typedef float of_events __attribute__((vector_size(4 * N), aligned(4), may_alias));  // numbers of the events of a set

@@ -100,17 +100,19 @@ struct Usual {
     }
 
     INLINE void panel(float* s, int c) {
-        // Of their own: storing a vector may change any member, for all that compilers know.
-        const float *const score = block.score, *from = u.first + c;
+        // Copies: storing a vector may change any member, for all that compilers know.
+        const float* const score = block.score;
+        const typename Part::Rows u = this->u;
+        const typename Part::Places read_to = this->read_to;
         float* to = val + c;
-        const int64_t step = u.step, K = at.Kp, V = at.Vp;
-        vec read[READERS][NV], value[EVENTS][NV], seen[N][NV];
+        const int64_t K = at.Kp, V = at.Vp;
+        vec read[READERS][NV], value[EVENTS][NV];
         read_panel<AT_ONCE>(block.next, read, block.scaled, K, s);
 #pragma GCC unroll 8
-        for (int i = 0; i < N; i++, from += step, to += V)
+        for (int i = 0; i < N; i++, to += V)
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
-                value[EVENTS - N + i][v] = load(from + v * L) * block.cu[i];
+                value[EVENTS - N + i][v] = load(u[i] + c + v * L) * block.cu[i];
                 if (ERASE == NO_ERASE) continue;
                 value[i][v] = ERASE == TIED ? value[i][v] + read[i][v] * of_x[i] : read[i][v] * of_x[i];
                 value[i][v] = add_seen<X>(value[i][v], score, value, i, v);
@@ -118,13 +120,15 @@ struct Usual {
             }
         if (AT_ONCE < READERS) read_panel<READERS - AT_ONCE>(block.next, read + AT_ONCE, block.scaled + AT_ONCE * K, K, s);
 #pragma GCC unroll 8
-        for (int i = 0; i < N; i++)
+        for (int i = 0; i < N; i++) {
+            vec seen[NV];
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
-                const vec left = DECAY == PER_HEAD ? read[Q * N + i][v] * block.left[Q * N + i] : read[Q * N + i][v];
-                seen[i][v] = add_seen<Q>(left, score, value, i, v);
+                seen[v] = DECAY == PER_HEAD ? read[Q * N + i][v] * block.left[Q * N + i] : read[Q * N + i][v];
+                seen[v] = add_seen<Q>(seen[v], score, value, i, v);
             }
-        read_to.put(c, seen);
+            read_to.put(i, c, seen);
+        }
 #pragma GCC unroll 16
         for (int e = 0; e < EVENTS; e++)
 #pragma GCC unroll 2

@@ -33,7 +33,7 @@ typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t ivec __attribute__((vector_size(4 * L)));
 typedef uint32_t uvec __attribute__((vector_size(4 * L)));
 typedef int64_t pairs __attribute__((vector_size(4 * L)));  // L / 2 pairs of neighbours
-typedef float vec_in_memory __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef float vec_in_memory __attribute__((vector_size(4 * L), aligned(4)));  // of floats: storing one changes no other type
 
 INLINE vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
 INLINE void store(float* p, vec x) { *reinterpret_cast<vec_in_memory*>(p) = x; }

@@ -100,23 +100,18 @@ struct Usual {
     }
 
     INLINE void panel(float* s, int c) {
-        // Copies: storing a vector may change any member, for all that compilers know.
-        const float* const score = block.score;
-        const typename Part::Rows u = this->u;
-        const typename Part::Places read_to = this->read_to;
-        float* to = val + c;
-        const int64_t K = at.Kp, V = at.Vp;
+        const int64_t K = at.Kp;
         vec read[READERS][NV], value[EVENTS][NV];
         read_panel<AT_ONCE>(block.next, read, block.scaled, K, s);
 #pragma GCC unroll 8
-        for (int i = 0; i < N; i++, to += V)
+        for (int i = 0; i < N; i++)
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
                 value[EVENTS - N + i][v] = load(u[i] + c + v * L) * block.cu[i];
                 if (ERASE == NO_ERASE) continue;
                 value[i][v] = ERASE == TIED ? value[i][v] + read[i][v] * of_x[i] : read[i][v] * of_x[i];
-                value[i][v] = add_seen<X>(value[i][v], score, value, i, v);
-                store(to + v * L, value[i][v]);
+                value[i][v] = add_seen<X>(value[i][v], value, i, v);
+                store(val + i * at.Vp + c + v * L, value[i][v]);
             }
         if (AT_ONCE < READERS) read_panel<READERS - AT_ONCE>(block.next, read + AT_ONCE, block.scaled + AT_ONCE * K, K, s);
 #pragma GCC unroll 8
@@ -125,7 +120,7 @@ struct Usual {
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) {
                 seen[v] = DECAY == PER_HEAD ? read[Q * N + i][v] * block.left[Q * N + i] : read[Q * N + i][v];
-                seen[v] = add_seen<Q>(seen[v], score, value, i, v);
+                seen[v] = add_seen<Q>(seen[v], value, i, v);
             }
             read_to.put(i, c, seen);
         }
@@ -144,11 +139,11 @@ struct Usual {
 
     // What a reader of token i sees of the events of the block
     template <int KIND>
-    INLINE static vec add_seen(vec sum, const float* score, const vec (&value)[EVENTS][NV], int i, int v) {
+    INLINE vec add_seen(vec sum, const vec (&value)[EVENTS][NV], int i, int v) const {
 #pragma GCC unroll 8
         for (int e = 0; e < (KIND == Q ? i + 1 : i); e++) {
-            sum += score[Part::place(0, KIND, i) + e] * value[e][v];
-            if (ERASE == FREE) sum += score[Part::place(1, KIND, i) + e] * value[N + e][v];
+            sum += block.scores_of(0, KIND, i)[e] * value[e][v];
+            if (ERASE == FREE) sum += block.scores_of(1, KIND, i)[e] * value[N + e][v];
         }
         return sum;
     }

@@ -62,11 +62,6 @@ struct Block {
         float* first;
         int64_t step;
         bool there, past;  // in the tensor itself; past the caches, once they are there
-        INLINE void put(int i, int64_t at, vec x) const {
-            float* to = first + i * step + at;
-            if (there && past) store_past(to, x);
-            else store(to, x);
-        }
         template <int NV>
         INLINE void put(int i, int64_t at, const vec (&x)[NV]) const {
             float* to = first + i * step + at;
@@ -77,8 +72,12 @@ struct Block {
             if (there && past) each([](float* to, vec y) INLINE_CALL { store_past(to, y); });
             else each([](float* to, vec y) INLINE_CALL { store(to, y); });
         }
+        INLINE void put(int i, int64_t at, vec x) const {
+            const vec one[1] = {x};
+            put(i, at, one);
+        }
     };
-    typedef float of_events __attribute__((vector_size(4 * N), aligned(4), may_alias));  // numbers of the events of a set
+    typedef float of_events __attribute__((vector_size(4 * N), aligned(4)));  // numbers of the events of a set
     static constexpr int64_t FAR = int64_t{1} << 18;  // numbers
     const Problem& p;
     Layout at;

@@ -73,7 +73,7 @@ INLINE ivec lane_numbers(std::integer_sequence<int, I...>) { return ivec{I...}; 
 INLINE ivec first_lanes(int n) { return lane_numbers(std::make_integer_sequence<int, L>{}) < n; }
 
 constexpr int HALF = 8;  // half a chunk
-typedef float half_vec __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
+typedef float half_vec __attribute__((vector_size(4 * HALF), aligned(4)));
 typedef int32_t half_ivec __attribute__((vector_size(4 * HALF)));
 INLINE half_ivec first_of_half(int n) { return half_ivec{0, 1, 2, 3, 4, 5, 6, 7} < n; }
 

@@ -132,7 +132,7 @@ struct UsualBackward {
         for (int r = 0; r < READERS; r++) left_of_S[r] = block.left[r] * S[at.state()];
         for (int e = 0; e < N; e++) left_of_dS[e] = block.to_end[e] * kept.by;
         block.rows(given + Q * N * at.Vp, to.read[0].out, at.V, at.Vp);
-        if (block.micro().u) u = block.rows_or_copies(block.u, block.micro().u, at.V, at.Vp);
+        if (gives_number()) u = block.rows_or_copies(block.u, block.micro().u, at.V, at.Vp);
         q_to = rows_of_keys(dq, to.read[0].q), log_to = rows_of_keys(dlog, to.micro[0].g);
         for (int s = 0; s < SETS; s++) key_to[s] = rows_of_keys(dkeys + s * N * at.Kp, key_gradient(s));
         soon();
@@ -219,16 +219,15 @@ struct UsualBackward {
         for (int s = 0; s < SETS && DECAY == PER_HEAD; s++)
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
-                if (ERASES && i) pass(place(s, X, i), &block.factor_of(Q, i - 1, 0));  // the x of a token reads what the q of the last one did
-                pass(place(s, Q, i), &block.factor_of(Q, i, 0));
+                if (ERASES && i) pass(Part::place(s, X, i), &block.factor_of(Q, i - 1, 0));  // the x of a token reads what the q of the last one did
+                pass(Part::place(s, Q, i), &block.factor_of(Q, i, 0));
             }
     }
     INLINE static const typename Part::of_events& of(const float* x) { return *reinterpret_cast<const typename Part::of_events*>(x); }
     INLINE void pass(int at, const float* left) const {
         *reinterpret_cast<typename Part::of_events*>(passed + at) = of(weight + at) * of(left);
     }
-    INLINE static int place(int set, int kind, int i) { return Part::place(set, kind, i); }
-    INLINE const float* weights_of(int set, int kind, int i) const { return weight + place(set, kind, i); }
+    INLINE const float* weights_of(int set, int kind, int i) const { return weight + Part::place(set, kind, i); }
 
     // ---- keys --------------------------------------------------------------------------------------------------------
 
@@ -291,8 +290,8 @@ struct UsualBackward {
             for (int e = 0; e < N; e++) key[e] = fw::load(block.key[s][e] + k), d[e] = fw::load(U + (s * N + e) * W);
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
-                if (ERASES) pairs(i, T + i * W, fw::load(block.reader[X][i] + k) * block.cx[i], passed + place(s, X, i), key, d);
-                pairs(i + 1, T + (Q * N + i) * W, fw::load(block.reader[Q][i] + k), passed + place(s, Q, i), key, d);
+                if (ERASES) pairs(i, T + i * W, fw::load(block.reader[X][i] + k) * block.cx[i], passed + Part::place(s, X, i), key, d);
+                pairs(i + 1, T + (Q * N + i) * W, fw::load(block.reader[Q][i] + k), passed + Part::place(s, Q, i), key, d);
             }
 #pragma GCC unroll 8
             for (int e = 0; e < N; e++) store(U + (s * N + e) * W, d[e]);
@@ -448,13 +447,15 @@ struct UsualBackward {
         if (!block.micro().x_is_y) block.put(d.x, dx, at.K, at.Kp);
     }
 
+    INLINE bool gives_number() const { return block.micro().u && gradient_of_cu(to.micro[0]); }
+
     void give_values() {
         if (!block.micro().u) return;
         const float* d = ERASE == TIED ? given : du;
         if (ERASE == TIED) block.numbers(block.cu, block.micro().cu, static_cast<float>(block.micro().su), 1);
         block.put(to.micro[0].u, d, at.V, at.Vp, block.cu);
+        if (!gives_number()) return;
         const Tensor number_to = gradient_of_cu(to.micro[0]);
-        if (!number_to) return;
         vec products[L];
         clear(products);
         for (int i = 0; i < N; i++)

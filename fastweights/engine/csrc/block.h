@@ -335,26 +335,13 @@ INLINE void scale_state(const Layout& at, float* to, const float* from, float by
 
 // ---- a panel of S: rows of NV vectors --------------------------------------------------------------------------------
 
-// Rows between two fetches. Where vectors are short there are many instructions for the work that is done, and a processor that two programs
-// share decodes too few to look for what to fetch after every few of them.
-constexpr int64_t UNTIL_FETCH = L == 8 ? 64 : STEP;
-
-// f(k) for every NUMBER rows up to K
-template <int NUMBER, class F>
-INLINE void rows_of_panel(Ahead& next, int64_t K, F f) {
-    for (int64_t k = 0; k < K;) {
-        next.fetch();
-        for (const int64_t end = k + UNTIL_FETCH < K ? k + UNTIL_FETCH : K; k < end; k += NUMBER) f(k);
-    }
-}
-
 // sum[m] = row m of M . panel
 template <int M, int NV>
 INLINE void read_panel(Ahead& next, vec (*sum)[NV], const float* rows, int64_t K, const float* s) {
     vec now[M][NV];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) clear(now[m]);
-    rows_of_panel<2>(next, K, [&](int64_t k) INLINE_CALL {
+    next.between<2>(K, [&](int64_t k) INLINE_CALL {
 #pragma GCC unroll 2
         for (int64_t d = k; d < k + 2; d++) {
             vec row[NV];
@@ -375,8 +362,8 @@ INLINE void read_panel(Ahead& next, vec (*sum)[NV], const float* rows, int64_t K
 // to = `decayed` from + the sum over E of keys times values, where decayed(x, k, v) is what is left of vector v of row k
 template <int E, int NV, class Decayed>
 INLINE void write_panel(Ahead& next, float* to, const float* from, const float* keys, int64_t K, const vec (&value)[E][NV], Decayed decayed) {
-    constexpr int ROWS = MR / 2;  // at once
-    rows_of_panel<ROWS>(next, K, [&](int64_t k) INLINE_CALL {
+    constexpr int ROWS = E > 4 ? MR / 2 : 2;  // at once
+    next.between<ROWS>(K, [&](int64_t k) INLINE_CALL {
         vec row[ROWS][NV];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++)

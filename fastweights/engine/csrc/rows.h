@@ -5,15 +5,20 @@
 namespace fw {
 
 // Rows that the next chunk will load. They are fetched a few lines at a time between the products of this one: a processor waits
-// for memory where it is asked for more lines at once than it can have under way.
+// for memory where it is asked for more lines at once than it can have under way, and products wait where it looks for lines too often.
 struct Ahead {
     static constexpr int MOST = 32 * C, PIECE = 256, LINE = 64;  // pieces; bytes a piece and a line
+    static constexpr int64_t SELDOM = 64, OFTEN = L == 8 ? SELDOM : 16;  // rows of a panel between two fetches
+    static constexpr float AT_ONCE = 2;                                  // pieces, unless that is too often
     const char* piece[MOST];
-    int count = 0, done = 0, calls = 0, each = 2;  // as many each time as spread the last chunk's evenly
+    int count = 0, done = 0;
+    int64_t rows = 0, every = OFTEN;  // that panels had; between two fetches
+    float each = AT_ONCE / OFTEN;     // pieces a row, which spread the last chunk's evenly
 
     INLINE void clear() {
-        if (calls) each = (count + calls - 1) / calls;
-        count = done = calls = 0;
+        if (rows) each = static_cast<float>(count) / rows;
+        for (every = OFTEN; every < SELDOM && each * (2 * every) <= AT_ONCE;) every *= 2;
+        count = done = 0, rows = 0;
     }
     INLINE void add(const Tensor& t, int64_t offset, int rows, int64_t n) {
         if (t.channel != 1) return;
@@ -24,11 +29,22 @@ struct Ahead {
     INLINE void add(const void* data, int64_t bytes) {
         for (int64_t at = 0; at < bytes && count < MOST; at += PIECE) piece[count++] = static_cast<const char*>(data) + at;
     }
-    INLINE void fetch() {
-        calls++;
-        for (int i = 0; i < each && done < count; i++, done++)
+    // What is due before `number` rows
+    INLINE void fetch(int64_t number) {
+        rows += number;
+        const float due = rows * each;
+        for (; done < count && done < due; done++)
 #pragma GCC unroll 4
             for (int line = 0; line < PIECE; line += LINE) __builtin_prefetch(piece[done] + line);
+    }
+    // f(k) for every STRIDE of `number` rows, and what is due between
+    template <int STRIDE, class F>
+    INLINE void between(int64_t number, F f) {
+        for (int64_t k = 0; k < number;) {
+            const int64_t end = k + every < number ? k + every : number;
+            fetch(end - k);
+            for (; k < end; k += STRIDE) f(k);
+        }
     }
 };
 
@@ -164,7 +180,7 @@ INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
 SHARED void read_rows(Ahead& next, const Layout& at, float* out, const float* rows, const float* S, int count) {
     for (int n = 0; n < at.panels; n++)
         for (int r = 0; r < count; r += MR) {
-            next.fetch();
+            next.fetch(at.K);
             float* to = out + r * at.Vp + n * at.panel;
             const float *a = rows + r * at.Kp, *s = S + n * at.Kp * at.panel;
             if (at.panel == L) tile<MR, 1, ZERO>(to, at.Vp, a, at.Kp, 1, s, L, at.K, nullptr, nullptr, 0);
@@ -177,7 +193,7 @@ SHARED void write_rows(Ahead& next, const Layout& at, float* S, const float* fro
                        const float* keys, const float* values, int count) {
     for (int n = 0; n < at.panels; n++)
         for (int k = 0; k < at.Kp; k += MR) {
-            next.fetch();
+            next.fetch(count);
             float* to = S + n * at.Kp * at.panel + k * at.panel;
             const float *start = from + (to - S), *s = scale + k * scale_stride, *v = values + n * at.panel;
             if (at.panel == L) tile<MR, 1, SCALED>(to, L, keys + k, 1, at.Kp, v, at.Vp, count, start, s, scale_stride);
@@ -201,12 +217,12 @@ SHARED void read_back(Ahead& next, const Layout& at, float* out, const float* S,
     int c = 0;
     for (; c + 2 * L <= width; c += 2 * L)
         for (int k = 0; k < at.Kp; k += MR) {
-            next.fetch();
+            next.fetch(at.Vp);
             tile<MR, 2, ZERO>(out + k * width + c, width, S + k * p, p, 1, turned + c, width, p, nullptr, nullptr, 0, n, panel);
         }
     for (; c < width; c += L)
         for (int k = 0; k < at.Kp; k += 2 * MR) {  // Kp is a multiple of L, which is 2 MR where C is no multiple of 2 L
-            next.fetch();
+            next.fetch(at.Vp);
             tile<2 * MR, 1, ZERO>(out + k * width + c, width, S + k * p, p, 1, turned + c, width, p, nullptr, nullptr, 0, n, panel);
         }
 }

@@ -173,7 +173,7 @@ struct UsualBackward {
         vec d[EVENTS];
         const float* rows = dS + v * W;
         const int64_t panel = static_cast<int64_t>(at.Vp) * W;
-        block.next.fetch();
+        block.next.fetch(at.Kp);
         if constexpr (PAIRS) narrow_tile(d, rows, W, ends, W, at.Kp / W, panel);
         else square_tile(d, rows, W, ends, W, at.Kp / W, panel);
 #pragma GCC unroll 2

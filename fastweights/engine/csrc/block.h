@@ -335,6 +335,14 @@ INLINE void scale_state(const Layout& at, float* to, const float* from, float by
 
 // ---- a panel of S: rows of NV vectors --------------------------------------------------------------------------------
 
+// f(rows), with a constant for the usual numbers of rows: compilers then need no registers for where each of several vectors of numbers is.
+template <class F>
+INLINE void counted(int64_t rows, F f) {
+    if (rows == 64) f(std::integral_constant<int64_t, 64>{});
+    else if (rows == 128) f(std::integral_constant<int64_t, 128>{});
+    else f(rows);
+}
+
 // sum[m] = row m of M . panel
 template <int M, int NV>
 INLINE void read_panel(Ahead& next, vec (*sum)[NV], const float* rows, int64_t K, const float* s) {
@@ -348,9 +356,7 @@ INLINE void read_panel(Ahead& next, vec (*sum)[NV], const float* rows, int64_t K
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) row[v] = load(s + (d * NV + v) * L);
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-                for (int v = 0; v < NV; v++) now[m][v] += rows[m * K + d] * row[v];
+            for (int m = 0; m < M; m++) add_products(now[m], rows + m * K + d, row, 2 * m < M);
         }
     });
 #pragma GCC unroll 8
@@ -362,7 +368,8 @@ INLINE void read_panel(Ahead& next, vec (*sum)[NV], const float* rows, int64_t K
 // to = `decayed` from + the sum over E of keys times values, where decayed(x, k, v) is what is left of vector v of row k
 template <int E, int NV, class Decayed>
 INLINE void write_panel(Ahead& next, float* to, const float* from, const float* keys, int64_t K, const vec (&value)[E][NV], Decayed decayed) {
-    constexpr int ROWS = E > 4 ? MR / 2 : 2;  // at once
+    constexpr bool FEW = E <= 4;             // their rows and not their multiply-adds are what takes long
+    constexpr int ROWS = FEW ? 2 : MR / 2;  // at once
     next.between<ROWS>(K, [&](int64_t k) INLINE_CALL {
         vec row[ROWS][NV];
 #pragma GCC unroll 4
@@ -372,15 +379,30 @@ INLINE void write_panel(Ahead& next, float* to, const float* from, const float* 
 #pragma GCC unroll 16
         for (int e = 0; e < E; e++)
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-                for (int v = 0; v < NV; v++) row[r][v] += keys[e * K + k + r] * value[e][v];
+            for (int r = 0; r < ROWS; r++) add_products(row[r], keys + e * K + k + r, value[e], !FEW && 2 * e >= E);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
             for (int v = 0; v < NV; v++) store(to + (r * NV + v) * L, row[r][v]);
         from += ROWS * NV * L, to += ROWS * NV * L;
     });
+}
+
+// The same two as functions of their own, compiled once for all classes of programs: the first with a number that multiplies each sum, the
+// second with a factor for all rows, if there is one.
+template <int M, int NV, class Number>
+APART void rows_times_panel(Ahead& next, float* out, const float* rows, Number K, const float* panel, const float* scale) {
+    vec sum[M][NV];
+    read_panel<M>(next, sum, rows, K, panel);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) store(out + (m * NV + v) * L, sum[m][v] * scale[m]);
+}
+template <int E, int NV, class Number>
+APART void add_to_panel(Ahead& next, float* to, const float* from, const float* keys, Number K, const vec (&value)[E][NV], const vec* factor) {
+    if (factor) write_panel(next, to, from, keys, K, value, [factor](vec x, int, int v) INLINE_CALL { return x * factor[v]; });
+    else write_panel(next, to, from, keys, K, value, [](vec x, int, int) INLINE_CALL { return x; });
 }
 
 }  // namespace fw

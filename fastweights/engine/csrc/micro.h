@@ -53,7 +53,7 @@ INLINE void settle() {
     _mm_sfence();
 #endif
 }
-INLINE vec broadcast(float x) { return vec{} + x; }
+INLINE vec broadcast(float x) { return x - vec{}; }  // of -0, too
 // Zeros, a store or a register each: for `= {}` some compilers call for a string instruction, which takes longer than what follows.
 template <int N>
 INLINE void clear(vec (&x)[N]) {
@@ -246,6 +246,25 @@ SHARED void transpose_pairs(float* out, const float* in, int in_stride, int colu
 
 // ---- the product ---------------------------------------------------------------------------------------------------
 
+// sum += *number * row, in one instruction where there is one that reads a number for all lanes (compilers read one that is used twice first).
+INLINE void add_product(vec& sum, const float* number, vec row) {
+#if defined(__AVX512F__)
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(row), "m"(*number));
+#else
+    sum += *number * row;
+#endif
+}
+// The same with a row of N vectors, for the number of one of several rows. Half of them are read by the multiply-adds: that takes an instruction
+// less, but all of them would be more reads than a processor does beside its multiply-adds.
+template <int N>
+INLINE void add_products(vec (&sum)[N], const float* number, const vec (&row)[N], bool read_there) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+        if (read_there) add_product(sum[n], number, row[n]);
+        else sum[n] += *number * row[n];
+    }
+}
+
 enum Start { ZERO, SCALED };  // C starts from nothing, or from `start` (of the same strides) times a number a row
 
 // M rows and N vectors of C, over `panels` runs of `depth`; A moves by `a_panel` and B goes on from run to run.
@@ -264,9 +283,7 @@ INLINE void tile(float* c, int c_stride, const float* a, int64_t a_row, int64_t 
 #pragma GCC unroll 4
             for (int n = 0; n < N; n++) row[n] = load(b + n * L);
 #pragma GCC unroll 16
-            for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-                for (int n = 0; n < N; n++) acc[m][n] += a_now[m * a_row] * row[n];
+            for (int m = 0; m < M; m++) add_products(acc[m], a_now + m * a_row, row, 2 * m < M);
         }
     }
 #pragma GCC unroll 16

@@ -12,13 +12,14 @@ struct Ahead {
     static constexpr float AT_ONCE = 2;                                  // pieces, unless that is too often
     const char* piece[MOST];
     int count = 0, done = 0;
-    int64_t rows = 0, every = OFTEN;  // that panels had; between two fetches
+    int rows = 0;                     // that panels had
+    int64_t every = OFTEN;            // rows between two fetches
     float each = AT_ONCE / OFTEN;     // pieces a row, which spread the last chunk's evenly
 
     INLINE void clear() {
         if (rows) each = static_cast<float>(count) / rows;
         for (every = OFTEN; every < SELDOM && each * (2 * every) <= AT_ONCE;) every *= 2;
-        count = done = 0, rows = 0;
+        count = done = rows = 0;
     }
     INLINE void add(const Tensor& t, int64_t offset, int rows, int64_t n) {
         if (t.channel != 1) return;
@@ -31,9 +32,9 @@ struct Ahead {
     }
     // What is due before `number` rows
     INLINE void fetch(int64_t number) {
-        rows += number;
-        const float due = rows * each;
-        for (; done < count && done < due; done++)
+        rows += static_cast<int>(number);
+        const int due = static_cast<int>(rows * each) + 1;
+        for (const int last = due < count ? due : count; done < last; done++)
 #pragma GCC unroll 4
             for (int line = 0; line < PIECE; line += LINE) __builtin_prefetch(piece[done] + line);
     }

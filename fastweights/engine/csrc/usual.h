@@ -69,7 +69,7 @@ struct Usual {
         if (DECAY == PER_HEAD) put_off();
         if (DECAY == PER_KEY) put_off_keys();
         for (int i = 0; i < N && ERASE != NO_ERASE; i++) of_x[i] = DECAY == PER_HEAD ? block.left[i] * block.cx[i] : block.cx[i];
-        for (int n = 0; n < at.panels; n++) panel(S + n * at.Kp * NV * L, n * NV * L);
+        counted(at.Kp, [&](auto K) INLINE_CALL { panels(K); });
         if (!read_to.there) block.put(o, out, at.V, at.Vp);
         if (p.values && ERASE != NO_ERASE) save(p.values + (row * p.T + token) * at.Vp);
     }
@@ -99,8 +99,11 @@ struct Usual {
         }
     }
 
-    INLINE void panel(float* s, int c) {
-        const int64_t K = at.Kp;
+    template <class Number>
+    APART void panels(Number K) {
+        for (int n = 0; n < at.panels; n++) panel(K, S + n * K * NV * L, n * NV * L);
+    }
+    INLINE void panel(int64_t K, float* s, int c) {
         vec read[READERS][NV], value[EVENTS][NV];
         read_panel<AT_ONCE>(block.next, read, block.scaled, K, s);
 #pragma GCC unroll 8
@@ -131,7 +134,7 @@ struct Usual {
                 if (DECAY == PER_HEAD) value[e][v] *= block.to_end[e % N];
                 if (e % N >= block.count) value[e][v] = vec{};  // there is no such token
             }
-        const auto write = [&](auto decayed) INLINE_CALL { write_panel(block.next, s, s, block.ends, at.Kp, value, decayed); };
+        const auto write = [&](auto decayed) INLINE_CALL { write_panel(block.next, s, s, block.ends, K, value, decayed); };
         if (DECAY == NO_DECAY || waits) write([](vec x, int, int) { return x; });
         else if (DECAY == PER_KEY) write([total = block.total](vec x, int k, int) { return x * total[k]; });
         else write([same = broadcast(decay)](vec x, int, int) { return x * same; });

@@ -110,7 +110,8 @@ struct UsualBackward {
 
     // to = from, decayed, + the sum over E of keys times rows of values
     template <int E, class Keys>
-    APART void add(float* to, const float* from, float decay, const float* rows, Keys keys) {
+    INLINE void add(float* to, const float* from, float decay, const float* rows, Keys keys) {
+        const bool decays = DECAY == PER_KEY || (DECAY == PER_HEAD && decay != 1);
         for (int k = 0; k < at.Kp; k += W, to += at.Vp * W, from += at.Vp * W) {
             vec key[E][NK], left[NK];
 #pragma GCC unroll 2
@@ -119,9 +120,7 @@ struct UsualBackward {
 #pragma GCC unroll 16
                 for (int e = 0; e < E; e++) key[e][v] = keys(e, k + v * L);
             }
-            const auto write = [&](auto decayed) INLINE_CALL { write_panel(block.next, to, from, rows, at.Vp, key, decayed); };
-            if (DECAY == PER_KEY || (DECAY == PER_HEAD && decay != 1)) write([&](vec x, int, int v) { return x * left[v]; });
-            else write([](vec x, int, int) { return x; });
+            counted(at.Vp, [&](auto V) INLINE_CALL { add_to_panel(block.next, to, from, rows, V, key, decays ? left : nullptr); });
         }
     }
 
@@ -243,14 +242,8 @@ struct UsualBackward {
         for (int v = 0; v < W; v += L) keys(s + v, d + v, k + v, T + v, U + v);
     }
 
-    // Rows times a panel, and times what is left of them, if that is a number
-    APART void product(float* out, const float* rows, const float* panel, const float* left) {
-        vec sum[ROWS][NK];
-        read_panel<ROWS>(block.next, sum, rows, at.Vp, panel);
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 2
-            for (int v = 0; v < NK; v++) store(out + i * W + v * L, DECAY == PER_HEAD ? sum[i][v] * left[i] : sum[i][v]);
+    INLINE void product(float* out, const float* rows, const float* panel, const float* left) {
+        counted(at.Vp, [&](auto V) INLINE_CALL { rows_times_panel<ROWS, NK>(block.next, out, rows, V, panel, left); });
     }
 
     // L of those keys, in columns of the panels and of T and U

@@ -401,8 +401,15 @@ APART void rows_times_panel(Ahead& next, float* out, const float* rows, Number K
 }
 template <int E, int NV, class Number>
 APART void add_to_panel(Ahead& next, float* to, const float* from, const float* keys, Number K, const vec (&value)[E][NV], const vec* factor) {
-    if (factor) write_panel(next, to, from, keys, K, value, [factor](vec x, int, int v) INLINE_CALL { return x * factor[v]; });
-    else write_panel(next, to, from, keys, K, value, [](vec x, int, int) INLINE_CALL { return x; });
+    vec own[E][NV], left[NV];  // which no store changes
+#pragma GCC unroll 16
+    for (int e = 0; e < E; e++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) own[e][v] = value[e][v];
+    if (!factor) return write_panel(next, to, from, keys, K, own, [](vec x, int, int) INLINE_CALL { return x; });
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) left[v] = factor[v];
+    write_panel(next, to, from, keys, K, own, [&left](vec x, int, int v) INLINE_CALL { return x * left[v]; });
 }
 
 }  // namespace fw

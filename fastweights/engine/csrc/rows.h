@@ -7,9 +7,9 @@ namespace fw {
 // Rows that the next chunk will load. They are fetched a few lines at a time between the products of this one: a processor waits
 // for memory where it is asked for more lines at once than it can have under way, and products wait where it looks for lines too often.
 struct Ahead {
-    static constexpr int MOST = 32 * C, PIECE = 256, LINE = 64;  // pieces; bytes a piece and a line
+    static constexpr int MOST = 64 * C, PIECE = 128, LINE = 64;  // pieces; bytes a piece and a line
     static constexpr int64_t SELDOM = 64, OFTEN = L == 8 ? SELDOM : 16;  // rows of a panel between two fetches
-    static constexpr float AT_ONCE = 2;                                  // pieces, unless that is too often
+    static constexpr float AT_ONCE = 4;                                  // pieces, unless that is too often
     const char* piece[MOST];
     int count = 0, done = 0;
     int rows = 0;                     // that panels had

@@ -220,7 +220,7 @@ INLINE void turn(V (&x)[lanes<V>]) {
 }
 
 // out (columns x rows) = in^T (rows x columns), both multiples of L.
-SHARED void transpose(float* out, int out_stride, const float* in, int in_stride, int rows, int columns) {
+SHARED void transpose(float* out, int64_t out_stride, const float* in, int64_t in_stride, int rows, int columns) {
     for (int r = 0; r < rows; r += L)
         for (int c = 0; c < columns; c += L) {
             vec x[L];

@@ -21,14 +21,16 @@ struct Ahead {
         for (every = OFTEN; every < SELDOM && each * (2 * every) <= AT_ONCE;) every *= 2;
         count = done = rows = 0;
     }
-    INLINE void add(const Tensor& t, int64_t offset, int rows, int64_t n) {
-        if (t.channel != 1) return;
+    INLINE void add(const Tensor& t, int64_t offset, int64_t number, int64_t n) {
         const int64_t size = t.type == F32 ? 4 : 2;
-        const char* row = t.data + offset * size;
-        for (int r = 0; r < rows; r++, row += t.time * size) add(row, n * size);
+        if (t.channel == 1) add(t.data + offset * size, t.time * size, number, n * size);
     }
-    INLINE void add(const void* data, int64_t bytes) {
-        for (int64_t at = 0; at < bytes && count < MOST; at += PIECE) piece[count++] = static_cast<const char*>(data) + at;
+    INLINE void add(const void* data, int64_t bytes) { add(static_cast<const char*>(data), 0, 1, bytes); }
+    INLINE void add(const char* row, int64_t step, int64_t number, int64_t bytes) {
+        for (const char* end = row + bytes; row < end && count + number <= MOST; row += PIECE, count += static_cast<int>(number)) {
+            const char** to = piece + count;
+            for (int64_t r = 0; r < number; r++) to[r] = row + r * step;
+        }
     }
     // What is due before `number` rows
     INLINE void fetch(int64_t number) {
@@ -242,24 +244,35 @@ INLINE vec row_sums(const Layout& at, const float* S, const float* dS, int k) {
     return sums(products);
 }
 
+// f(panel of S, where it lies in the state of a head, its values) for every panel
+template <class F>
+INLINE void panels_of(const Layout& at, const Tensor& t, int64_t b, int64_t h, F f) {
+    float* state = reinterpret_cast<float*>(t.data) + b * t.batch + h * t.head;
+    for (int v = 0; v < at.V; v += at.panel)
+        f(static_cast<int64_t>(v) * at.Kp, state + v * t.time, at.V - v < at.panel ? at.V - v : at.panel);
+}
+INLINE bool whole_squares(const Layout& at, const Tensor& t, int values) { return t.channel == 1 && values % L == 0 && at.K % L == 0; }
+
 // S from and to the state of a head, which may have any strides.
 SHARED void load_state(const Layout& at, float* S, const Tensor& t, int64_t b, int64_t h) {
     std::memset(S, 0, sizeof(float) * at.state());
     if (!t) return;
-    const float* from = reinterpret_cast<const float*>(t.data) + b * t.batch + h * t.head;
-    for (int v = 0; v < at.V; v++) {
-        float* to = S + static_cast<int64_t>(v / at.panel) * at.Kp * at.panel + v % at.panel;
-        for (int k = 0; k < at.K; k++) to[k * at.panel] = from[v * t.time + k * t.channel];
-    }
+    panels_of(at, t, b, h, [&](int64_t panel, const float* from, int values) {
+        float* to = S + panel;
+        if (whole_squares(at, t, values)) return transpose(to, at.panel, from, t.time, values, at.K);
+        for (int k = 0; k < at.K; k++)
+            for (int v = 0; v < values; v++) to[k * at.panel + v] = from[v * t.time + k * t.channel];
+    });
 }
 
 SHARED void store_state(const Layout& at, const float* S, const Tensor& t, int64_t b, int64_t h) {
     if (!t) return;
-    float* to = reinterpret_cast<float*>(t.data) + b * t.batch + h * t.head;
-    for (int v = 0; v < at.V; v++) {
-        const float* from = S + static_cast<int64_t>(v / at.panel) * at.Kp * at.panel + v % at.panel;
-        for (int k = 0; k < at.K; k++) to[v * t.time + k * t.channel] = from[k * at.panel];
-    }
+    panels_of(at, t, b, h, [&](int64_t panel, float* to, int values) {
+        const float* from = S + panel;
+        if (whole_squares(at, t, values)) return transpose(to, t.time, from, at.panel, at.K, values);
+        for (int k = 0; k < at.K; k++)
+            for (int v = 0; v < values; v++) to[v * t.time + k * t.channel] = from[k * at.panel + v];
+    });
 }
 
 }  // namespace fw

@@ -9,13 +9,13 @@ namespace fw {
 struct Ahead {
     static constexpr int MOST = 64 * C, PIECE = 128, LINE = 64;  // pieces; bytes a piece and a line
     static constexpr int64_t SELDOM = 64, OFTEN = L == 8 ? SELDOM : 16;  // rows of a panel between two fetches
-    static constexpr float AT_ONCE = 4;                                  // pieces, unless that is too often
+    static constexpr float AT_ONCE = 4;  // pieces of a fetch, or more where it would come too often
     const char* piece[MOST];
-    int count = 0, done = 0;
-    int rows = 0;                     // that panels had
-    int64_t every = OFTEN;            // rows between two fetches
-    float each = AT_ONCE / OFTEN;     // pieces a row, which spread the last chunk's evenly
+    int count = 0, done = 0, rows = 0;  // pieces, those fetched, and rows of the panels that went by
+    int64_t every = OFTEN;              // rows between two fetches
+    float each = AT_ONCE / OFTEN;       // pieces a row
 
+    // The last chunk says how the pieces of this one are spread evenly.
     INLINE void clear() {
         if (rows) each = static_cast<float>(count) / rows;
         for (every = OFTEN; every < SELDOM && each * (2 * every) <= AT_ONCE;) every *= 2;
@@ -26,7 +26,7 @@ struct Ahead {
         if (t.channel == 1) add(t.data + offset * size, t.time * size, number, n * size);
     }
     INLINE void add(const void* data, int64_t bytes) { add(static_cast<const char*>(data), 0, 1, bytes); }
-    INLINE void add(const char* row, int64_t step, int64_t number, int64_t bytes) {
+    INLINE void add(const char* row, int64_t step, int64_t number, int64_t bytes) {  // a column of them at a time, which is quickly noted
         for (const char* end = row + bytes; row < end && count + number <= MOST; row += PIECE, count += static_cast<int>(number)) {
             const char** to = piece + count;
             for (int64_t r = 0; r < number; r++) to[r] = row + r * step;
@@ -37,7 +37,7 @@ struct Ahead {
         rows += static_cast<int>(number);
         const int due = static_cast<int>(rows * each) + 1;
         for (const int last = due < count ? due : count; done < last; done++)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
             for (int line = 0; line < PIECE; line += LINE) __builtin_prefetch(piece[done] + line);
     }
     // f(k) for every STRIDE of `number` rows, and what is due between

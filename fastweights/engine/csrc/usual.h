@@ -99,7 +99,7 @@ struct Usual {
         }
     }
 
-    template <class Number>
+    template <class Number>  // see counted
     APART void panels(Number K) {
         for (int n = 0; n < at.panels; n++) panel(K, S + n * K * NV * L, n * NV * L);
     }

@@ -242,6 +242,7 @@ struct UsualBackward {
         for (int v = 0; v < W; v += L) keys(s + v, d + v, k + v, T + v, U + v);
     }
 
+    // Rows times a panel, and times what is left of them
     INLINE void product(float* out, const float* rows, const float* panel, const float* left) {
         counted(at.Vp, [&](auto V) INLINE_CALL { rows_times_panel<ROWS, NK>(block.next, out, rows, V, panel, left); });
     }

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import FormError, RuleError
+from .errors import FormError, RuleError, SignalTypeError
 from .objective import Objective
 from .probe import OVERFLOW, matches, probe
 from .program import Program
@@ -327,7 +327,17 @@ class Rule:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The body itself, on the tensors (or symbols) of one token and one head."""
-        given = dict(zip([*self.states, *self.arguments.signals], args, strict=False)) | kwargs
+        names = [*self.states, *self.arguments.signals]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        wrong = [f"{n} is missing" for n in names if n not in given]
+        wrong += [f"{n} is given twice" for n in names[: len(args)] if n in kwargs]
+        wrong += [f"there is no {n}" for n in kwargs if n not in names and n not in self.signals]
+        if wrong or len(args) > len(names):
+            what = ", ".join(wrong) or f"{len(args)} tensors are given"
+            raise SignalTypeError(
+                f"{self.name}({', '.join(names)}) is the body, for one token and one head: {what}; "
+                "fw.scan runs it over a sequence, fw.step over one token of all heads"
+            )
         states, y = self.apply(given, given)
         out = states if y is None else (*states, y)
         return out[0] if len(out) == 1 else out

@@ -132,6 +132,21 @@ def test_a_rule_is_a_function():
     assert torch.equal(R.hebb(W, v=v, k=k), torch.ones(3, 4))
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs", "wrong"),
+    [
+        ((), {}, "W is missing, k is missing, v is missing"),
+        ((1, 2), {}, "v is missing"),
+        ((1, 2, 3, 4), {}, "4 tensors are given"),
+        ((1, 2), {"v": 3, "k": 4}, "k is given twice"),
+        ((1, 2, 3), {"beta": 4}, "there is no beta"),
+    ],
+)
+def test_a_function_of_other_arguments_says_so(args, kwargs, wrong):
+    with pytest.raises(TypeError, match=f"^hebb\\(W, k, v\\) is the body, for one token and one head: {wrong}; fw.scan"):
+        R.hebb(*args, **kwargs)
+
+
 def test_descend_finds_rules():
     assert fw.descend(lambda W, k, v: 0.5 * ((v - W @ k) ** 2).sum()) == R.delta
     assert fw.descend(lambda W, k, v: 0.5 * (v - W @ k) @ (v - W @ k)) == R.delta

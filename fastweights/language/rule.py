@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import operator
 import types
@@ -328,16 +329,14 @@ class Rule:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The body itself, on the tensors (or symbols) of one token and one head."""
         names = [*self.states, *self.arguments.signals]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        wrong = [f"{n} is missing" for n in names if n not in given]
-        wrong += [f"{n} is given twice" for n in names[: len(args)] if n in kwargs]
-        wrong += [f"there is no {n}" for n in kwargs if n not in names and n not in self.signals]
-        if wrong or len(args) > len(names):
-            what = ", ".join(wrong) or f"{len(args)} tensors are given"
+        parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+        try:
+            given = inspect.Signature(parameters).bind(*args, **kwargs).arguments
+        except TypeError as error:
             raise SignalTypeError(
-                f"{self.name}({', '.join(names)}) is the body, for one token and one head: {what}; "
+                f"{self.name}({', '.join(names)}) is the body, for one token and one head: {error}; "
                 "fw.scan runs it over a sequence, fw.step over one token of all heads"
-            )
+            ) from None
         states, y = self.apply(given, given)
         out = states if y is None else (*states, y)
         return out[0] if len(out) == 1 else out

@@ -135,11 +135,11 @@ def test_a_rule_is_a_function():
 @pytest.mark.parametrize(
     ("args", "kwargs", "wrong"),
     [
-        ((), {}, "W is missing, k is missing, v is missing"),
-        ((1, 2), {}, "v is missing"),
-        ((1, 2, 3, 4), {}, "4 tensors are given"),
-        ((1, 2), {"v": 3, "k": 4}, "k is given twice"),
-        ((1, 2, 3), {"beta": 4}, "there is no beta"),
+        ((), {}, "missing a required argument: 'W'"),
+        ((1, 2), {}, "missing a required argument: 'v'"),
+        ((1, 2, 3, 4), {}, "too many positional arguments"),
+        ((1, 2), {"v": 3, "k": 4}, "multiple values for argument 'k'"),
+        ((1, 2, 3), {"beta": 4}, "got an unexpected keyword argument 'beta'"),
     ],
 )
 def test_a_function_of_other_arguments_says_so(args, kwargs, wrong):

@@ -23,7 +23,12 @@ from .operator import scanned
 from .watched import forward_derivatives, modes, recorded, traced
 
 _MOST = 256  # signatures that a thread keeps
-_address, _gradients = Tensor.data_ptr, torch.is_grad_enabled
+_address, _empty_like, _threads = Tensor.data_ptr, torch.empty_like, torch.get_num_threads
+# y and the new state of signals and a W; None if the state cannot be written to where it is to go
+Token = Callable[[tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor] | None]
+# the last step of a rule: the names of its signals, whether such tensors are like those, and the call
+Last = tuple[tuple[str | None, ...], Callable[..., bool], Token | None]
+NONE: Last = (None,), bool, None
 
 
 class _Known(threading.local):
@@ -31,9 +36,10 @@ class _Known(threading.local):
 
     def __init__(self) -> None:
         self.calls: dict[tuple[Any, ...], list[tuple[Callable[..., bool], Any]]] = {}
+        self.last: dict[int, Last] = {}  # by the rule's number
 
 
-_known = _Known()
+known = _Known()
 
 
 def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -42,15 +48,15 @@ def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, A
         return None
     given = (*signals.values(), *(() if W is None else (W,)), *(() if reset is None else (reset,)))
     key = (rule.number, torch.is_grad_enabled(), *signals, W is None, reset is None, getattr(given[0], "shape", None) if given else None)
-    for fits, known in _known.calls.get(key, ()):
-        if fits(*given):
-            call = known
-            break
-    else:
+    found = _find(key, given)
+    if found is None:
         if recorded():
             return None
         checked = check(rule, signals, W, reset)
-        call = None if traced(given) else _keep(key, given, _prepare_scan(checked, given))
+        if traced(given):
+            return None
+        found = _keep(key, given, _prepare_scan(checked, given))
+    _, call = found
     if call is None:
         return None
     forward, names = call
@@ -58,38 +64,39 @@ def scan(rule: Any, W: Tensor | None, reset: Tensor | None, signals: dict[str, A
     return y, new
 
 
-def step(rule: Any, W: Tensor, out: Tensor | None, signals: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """The same for one token, where no gradient is asked for; the new state is written to ``out`` if given."""
-    if modes() or forward_derivatives() or not isinstance(rule, Rule):
-        return None
-    key, given = (rule.number, _gradients(), *signals, W.shape), (*signals.values(), W)
-    for fits, known in _known.calls.get(key, ()):
-        if fits(*given):
-            call = known
-            break
-    else:
+def step(rule: Rule, W: Tensor, signals: dict[str, Any], given: tuple[Tensor, ...]) -> Token | None:
+    """A call for one token of ``given``, the signals and W, where no gradient is asked for; ``step.py`` tries the rule's last one first."""
+    key = (rule.number, torch.is_grad_enabled(), *signals, W.shape)
+    found = _find(key, given)
+    if found is None:
         if recorded():
             return None
         checked = check(rule, signals, W, time=False)
-        call = None if traced(given) else _keep(key, given, _prepare_step(checked, given))
-    if call is None or (out is not None and not call.takes(out, W)):
-        return None
-    y = torch.empty_like(call.y_like)
-    new = torch.empty_like(call.W_like) if out is None else out
-    if call.run(call.reference, call.addresses(*map(_address, given), new.data_ptr(), y.data_ptr()), torch.get_num_threads()):
-        raise positive_decay(call.where)
-    if out is not None and not out.is_inference():
-        torch.autograd.graph.increment_version(out)
-    return y, new
+        if traced(given):
+            return None
+        found = _keep(key, given, _prepare_step(checked, given))
+    fits, call = found
+    if not any(x.requires_grad for x in given):  # else it would depend on torch.no_grad whether the call is right for them
+        if len(known.last) >= _MOST:
+            known.last.clear()
+        known.last[rule.number] = tuple(signals), fits, call
+    return call
 
 
-def _keep(key: tuple[Any, ...], given: tuple[Tensor, ...], call: Any) -> Any:
-    calls = _known.calls
+def _find(key: tuple[Any, ...], given: tuple[Tensor, ...]) -> tuple[Callable[..., bool], Any] | None:
+    for found in known.calls.get(key, ()):
+        if found[0](*given):
+            return found
+    return None
+
+
+def _keep(key: tuple[Any, ...], given: tuple[Tensor, ...], call: Any) -> tuple[Callable[..., bool], Any]:
+    calls = known.calls
     calls[key] = [(_fits(given), call), *calls.pop(key, ())]
     while len(calls) > 1 and sum(map(len, calls.values())) > _MOST:
         del calls[next(iter(calls))]
     del calls[key][_MOST:]
-    return call
+    return calls[key][0]
 
 
 def _fits(given: tuple[Tensor, ...]) -> Callable[..., bool]:
@@ -143,14 +150,14 @@ def _prepare_scan(given: Inputs, tensors: tuple[Tensor, ...]) -> tuple[Forward, 
     return Forward(handed, given.states[0], given.reset, found.spec, found.scales, given.out, save, given.rule.name), names
 
 
-def _prepare_step(given: Inputs, tensors: tuple[Tensor, ...]) -> Step | None:
+def _prepare_step(given: Inputs, tensors: tuple[Tensor, ...]) -> Token | None:
     parts, W = _handed_over(given), given.states[0]
     if parts is None or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return None
     program, found, names = parts
     if any(step.lag for step in program.steps) or 1 not in W.stride()[-2:]:  # csrc/step.cpp
         return None
-    return Step(given, found, names)
+    return Step(given, found, names).call()
 
 
 class Step:
@@ -165,7 +172,24 @@ class Step:
         places = dict(zip(names, frame.tensor_places, strict=True))
         states = [at(frame.problem, "first")], [at(frame.problem, "last")]
         frame.bind(*(places.get(n, []) for n in given.signals), *states, [at(frame.c_read[0], "out")])
-        self.addresses, self.reference, self.run = frame.addresses, frame.reference, opened().fastweights_step
+
+    def call(self) -> Token:
+        """The call, with what it needs at hand."""
+        y_like, W_like, addresses, reference = self.y_like, self.W_like, self.frame.addresses, self.frame.reference
+        run = opened().fastweights_step
+
+        def token(given: tuple[Tensor, ...], out: Tensor | None) -> tuple[Tensor, Tensor] | None:
+            if out is not None and not self.takes(out, given[-1]):
+                return None
+            y = _empty_like(y_like)
+            new = _empty_like(W_like) if out is None else out
+            if run(reference, addresses(*map(_address, given), new.data_ptr(), y.data_ptr()), _threads()):
+                raise positive_decay(self.where)
+            if out is not None and not out.is_inference():
+                torch.autograd.graph.increment_version(out)
+            return y, new
+
+        return token
 
     def takes(self, out: Any, W: Tensor) -> bool:
         """Whether the new state may be written to ``out`` while W is read: it is W, or no part of it."""

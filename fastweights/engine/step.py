@@ -12,6 +12,7 @@ from ..language.rule import Rule
 from . import prepared
 from .inputs import check
 from .scan import Output, choose, run, scan
+from .watched import forward_derivatives, modes
 
 _output = tuple.__new__  # as Output(*done), without the function around it
 _traced = torch.compiler.is_dynamo_compiling  # a third of what is_compiling costs where other work has filled the caches
@@ -30,8 +31,13 @@ def step(
     >>> y.tolist(), W.shape
     ([[[3.0, 3.0]]], torch.Size([1, 1, 2, 1]))
     """
-    if not _traced() and form == "auto" and backend in ("auto", "cpu") and isinstance(W, Tensor):
-        done = prepared.step(rule, W, out, signals)
+    usual = form == "auto" and backend in ("auto", "cpu") and isinstance(rule, Rule) and isinstance(W, Tensor)
+    if usual and not _traced() and not modes() and not forward_derivatives():
+        given = (*signals.values(), W)
+        names, fits, call = prepared.known.last.get(rule.number, prepared.NONE)
+        if names != tuple(signals) or not fits(*given):
+            call = prepared.step(rule, W, signals, given)
+        done = None if call is None else call(given, out)
         if done is not None:
             return _output(Output, done)
     if torch.compiler.is_compiling() and out is None:

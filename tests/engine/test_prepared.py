@@ -64,7 +64,7 @@ def test_without_a_part_of_torch_that_may_change(monkeypatch):
     given = signals(31, True)
     want = slopes(given)
     monkeypatch.setattr(prepared, "_fits", prepared.fits_in_python)
-    prepared._known.calls.clear()
+    prepared.known.calls.clear()
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(slopes(given), want, strict=True))
 
@@ -236,15 +236,19 @@ def test_a_call_within_a_call(monkeypatch):
     stepped = fw.step(R.gated_delta, want.state, **one)
     threads = torch.get_num_threads
 
+    def interrupt(now):
+        monkeypatch.setattr(torch, "get_num_threads", now)
+        monkeypatch.setattr(prepared, "_threads", now)
+
     def interrupted():
-        monkeypatch.setattr(torch, "get_num_threads", threads)
+        interrupt(threads)
         inside.append(fw.scan(R.gated_delta, **other))
         fw.step(R.gated_delta, want.state, **{n: x[:, 0] for n, x in other.items()})
         return threads()
 
-    monkeypatch.setattr(torch, "get_num_threads", interrupted)
+    interrupt(interrupted)
     found = fw.scan(R.gated_delta, **given)
-    monkeypatch.setattr(torch, "get_num_threads", interrupted)
+    interrupt(interrupted)
     again = fw.step(R.gated_delta, want.state, **one)
     assert len(inside) == 2
     assert torch.equal(found.y, want.y)
@@ -296,6 +300,30 @@ def test_a_step_into_its_own_state():
         fw.step(R.gated_delta, p, out=p, **given)
 
 
+def test_the_last_step_of_a_rule_serves_only_steps_like_it():
+    given = {n: x[:, 0] for n, x in signals(1).items()}
+    W = torch.randn(2, 4, 24, 20, generator=torch.Generator().manual_seed(0))
+    swapped = {**dict(reversed(given.items())), "q": given["k"], "k": given["q"]}  # tensors of the same shapes in other places
+    learned = {**given, "v": given["v"].clone().requires_grad_()}
+    for one in (
+        given,
+        swapped,
+        {n: x[:1] for n, x in given.items()},
+        learned,
+        given,
+        {**given, "q": given["k"]},
+        {**swapped, "g": given["g"] * 0},
+    ):
+        state = W[: one["k"].shape[0]]
+        y, new = fw.step(R.gated_delta, state, **one)
+        want = fw.step(R.gated_delta, state, **one, backend="torch")
+        assert torch.allclose(y, want.y, atol=1e-5)
+        assert torch.allclose(new, want.state, atol=1e-5)
+        assert y.requires_grad == new.requires_grad == one["v"].requires_grad
+        with torch.no_grad():
+            assert not fw.step(R.gated_delta, state, **one).y.requires_grad
+
+
 def test_derivatives_forward_are_those_of_torch():
     given = signals(9)
     fw.scan(R.gated_delta, **given)
@@ -323,10 +351,10 @@ def test_a_tracer_sees_the_operator(grad):
 def test_one_tensor_as_two_signals_is_known_again():
     given = signals(9)
     given["q"] = given["k"]
-    prepared._known.calls.clear()
+    prepared.known.calls.clear()
     for _ in range(3):
         fw.scan(R.gated_delta, **given)
-    assert sum(map(len, prepared._known.calls.values())) == 1
+    assert sum(map(len, prepared.known.calls.values())) == 1
 
 
 def test_no_more_is_kept_than_is_meant_to_and_no_rule(monkeypatch):
@@ -341,7 +369,7 @@ def test_no_more_is_kept_than_is_meant_to_and_no_rule(monkeypatch):
         rules.append(weakref.ref(mine))
         for again in (T, T + 20):
             fw.scan(mine, **{n: signals(again)[n] for n in "qkv"})
-        assert sum(map(len, prepared._known.calls.values())) <= 5
+        assert sum(map(len, prepared.known.calls.values())) <= 5
     del mine
     gc.collect()
     assert not [r for r in rules if r() is not None]

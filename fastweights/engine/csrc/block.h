@@ -335,14 +335,6 @@ INLINE void scale_state(const Layout& at, float* to, const float* from, float by
 
 // ---- a panel of S: rows of NV vectors --------------------------------------------------------------------------------
 
-// f(rows), with a constant for the usual numbers of rows: compilers then need no registers for where each of several vectors of numbers is.
-template <class F>
-INLINE void counted(int64_t rows, F f) {
-    if (rows == 64) f(std::integral_constant<int64_t, 64>{});
-    else if (rows == 128) f(std::integral_constant<int64_t, 128>{});
-    else f(rows);
-}
-
 // sum[m] = row m of M . panel
 template <int M, int NV>
 INLINE void read_panel(Ahead& next, vec (*sum)[NV], const float* rows, int64_t K, const float* s) {

@@ -89,10 +89,17 @@ enum Type : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 
 INLINE vec load16(const uint16_t* p, Type type) {
     if (type == BF16) {
+#if defined(__AVX512F__)  // some compilers widen the halves of a vector one by one, and put them together
+        const uvec bits = (uvec)_mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+        const uvec bits = (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
         typedef uint16_t half __attribute__((vector_size(2 * L), aligned(2), may_alias));
-        return (vec)(__builtin_convertvector(*reinterpret_cast<const half*>(p), uvec) << 16);
+        const uvec bits = __builtin_convertvector(*reinterpret_cast<const half*>(p), uvec);
+#endif
+        return (vec)(bits << 16);
     }
-#if defined(__AVX512F__)  // some compilers convert lane by lane
+#if defined(__AVX512F__)  // or convert lane by lane
     return (vec)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
     return (vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -54,6 +54,14 @@ struct Ahead {
 // Whether rows can be read and written where they lie.
 INLINE bool in_place(const Tensor& t) { return t.channel == 1 && t.type == F32; }
 
+// f(rows), with a constant for the usual numbers of rows: compilers then need no registers for where each of several vectors of numbers is.
+template <class F>
+INLINE void counted(int64_t rows, F f) {
+    if (rows == 64) f(std::integral_constant<int64_t, 64>{});
+    else if (rows == 128) f(std::integral_constant<int64_t, 128>{});
+    else f(rows);
+}
+
 // Copies a row of a tensor, times a number, padded with zeros.
 SHARED void load_row(float* out, const Tensor& t, int64_t offset, int n, int padded, float scale) {
     const Type type = static_cast<Type>(t.type);
@@ -78,10 +86,13 @@ SHARED void load_row(float* out, const Tensor& t, int64_t offset, int n, int pad
 SHARED void load_rows(float* out, int out_stride, const Tensor& t, int64_t offset, int count, int n, int padded, const float* scales, int stride) {
     const auto whole = [=](auto* from, auto load) {
         from += offset;
-        for (int r = 0; r < count; r++, from += t.time) {
-            const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
-            for (int i = 0; i < n; i += L) store(out + r * out_stride + i, load(from + i) * scale);
-        }
+        counted(n, [&](auto N) {
+            for (int r = 0; r < count; r++, from += t.time) {
+                float* to = out + r * out_stride;
+                const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
+                for (int i = 0; i < N; i += L) store(to + i, scales ? load(from + i) * scale : load(from + i));
+            }
+        });
     };
     if (t && t.channel == 1 && n == padded) {
         const auto half = reinterpret_cast<const uint16_t*>(t.data);
@@ -140,10 +151,13 @@ SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int r
     const bool add = t.heads != 0;  // a head before this one has written the sum so far
     const auto whole = [=](auto* to, auto store) {
         to += offset;
-        for (int r = 0; r < count; r++, to += t.time) {
-            const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
-            for (int i = 0; i < n; i += L) store(to + i, load(rows + r * rows_stride + i) * scale);
-        }
+        counted(n, [&](auto N) {
+            for (int r = 0; r < count; r++, to += t.time) {
+                const float* from = rows + r * rows_stride;
+                const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
+                for (int i = 0; i < N; i += L) store(to + i, scales ? load(from + i) * scale : load(from + i));
+            }
+        });
     };
     if (t.channel == 1 && n % L == 0 && !add) {
         const auto half = reinterpret_cast<uint16_t*>(t.data);

@@ -33,7 +33,7 @@ def step(
     """
     usual = form == "auto" and backend in ("auto", "cpu") and isinstance(rule, Rule) and isinstance(W, Tensor)
     if usual and not _traced() and not modes() and not forward_derivatives():
-        given = (*signals.values(), W)
+        given = (*signals.values(), W)  # looked up here: where the caches are cold, a function around it is felt
         names, fits, call = prepared.known.last.get(rule.number, prepared.NONE)
         if names != tuple(signals) or not fits(*given):
             call = prepared.step(rule, W, signals, given)

@@ -99,7 +99,7 @@ INLINE vec load16(const uint16_t* p, Type type) {
 #endif
         return (vec)(bits << 16);
     }
-#if defined(__AVX512F__)  // or convert lane by lane
+#if defined(__AVX512F__)  // some compilers convert lane by lane
     return (vec)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
     return (vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

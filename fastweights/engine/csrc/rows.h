@@ -54,12 +54,24 @@ struct Ahead {
 // Whether rows can be read and written where they lie.
 INLINE bool in_place(const Tensor& t) { return t.channel == 1 && t.type == F32; }
 
-// f(rows), with a constant for the usual numbers of rows: compilers then need no registers for where each of several vectors of numbers is.
+// f(n), with a constant for the usual numbers of keys and values: compilers then unroll what is short, and need no registers for where each
+// of several rows is.
 template <class F>
-INLINE void counted(int64_t rows, F f) {
-    if (rows == 64) f(std::integral_constant<int64_t, 64>{});
-    else if (rows == 128) f(std::integral_constant<int64_t, 128>{});
-    else f(rows);
+INLINE void counted(int64_t n, F f) {
+    if (n == 64) f(std::integral_constant<int64_t, 64>{});
+    else if (n == 128) f(std::integral_constant<int64_t, 128>{});
+    else f(n);
+}
+// `count` rows of n numbers, whole vectors, each times a number if numbers are given
+template <class To, class From, class Load, class Store>
+INLINE void copy_rows(To* to, int64_t to_stride, const From* from, int64_t from_stride, int count, int n, const float* scales, int stride,
+                      Load load, Store store) {
+    counted(n, [&](auto N) {
+        for (int r = 0; r < count; r++, to += to_stride, from += from_stride) {
+            const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
+            for (int i = 0; i < N; i += L) store(to + i, scales ? load(from + i) * scale : load(from + i));
+        }
+    });
 }
 
 // Copies a row of a tensor, times a number, padded with zeros.
@@ -85,14 +97,7 @@ SHARED void load_row(float* out, const Tensor& t, int64_t offset, int n, int pad
 // `count` such rows, one a token from `offset` on, each times a number if numbers are given; zeros for a tensor that is not there.
 SHARED void load_rows(float* out, int out_stride, const Tensor& t, int64_t offset, int count, int n, int padded, const float* scales, int stride) {
     const auto whole = [=](auto* from, auto load) {
-        from += offset;
-        counted(n, [&](auto N) {
-            for (int r = 0; r < count; r++, from += t.time) {
-                float* to = out + r * out_stride;
-                const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
-                for (int i = 0; i < N; i += L) store(to + i, scales ? load(from + i) * scale : load(from + i));
-            }
-        });
+        copy_rows(out, out_stride, from + offset, t.time, count, n, scales, stride, load, [](float* p, vec x) { store(p, x); });
     };
     if (t && t.channel == 1 && n == padded) {
         const auto half = reinterpret_cast<const uint16_t*>(t.data);
@@ -150,14 +155,7 @@ SHARED void store_rows(const Tensor& t, int64_t offset, const float* rows, int r
                        bool past = false) {
     const bool add = t.heads != 0;  // a head before this one has written the sum so far
     const auto whole = [=](auto* to, auto store) {
-        to += offset;
-        counted(n, [&](auto N) {
-            for (int r = 0; r < count; r++, to += t.time) {
-                const float* from = rows + r * rows_stride;
-                const vec scale = broadcast(scales ? scales[r * stride] : 1.0f);
-                for (int i = 0; i < N; i += L) store(to + i, scales ? load(from + i) * scale : load(from + i));
-            }
-        });
+        copy_rows(to + offset, t.time, rows, rows_stride, count, n, scales, stride, [](const float* p) { return load(p); }, store);
     };
     if (t.channel == 1 && n % L == 0 && !add) {
         const auto half = reinterpret_cast<uint16_t*>(t.data);

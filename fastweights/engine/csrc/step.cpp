@@ -11,11 +11,11 @@
 
 namespace fw {
 
-constexpr int ROWS = L;   // rows a block: their inner products fill a vector
-constexpr int LINE = 16;  // numbers of a cache line
+constexpr int ROWS = L;                            // rows a block: their inner products fill a vector
+constexpr int LINE = Ahead::LINE / sizeof(float);  // numbers of a line
 
 // Whether the rows of the block after next are asked for, line by line, while a block is written. In a model, where other states and
-// weights go by between two tokens, that is a fifth of the time on Intel's processors. On AMD's, asking for a whole block at once was none.
+// weights go by between two tokens, that takes a fifth off on Intel's processors. On AMD's, asking for a whole block at once took nothing off.
 #if defined(__x86_64__)
 static const bool FETCHES = __builtin_cpu_is("intel");
 #else
